@@ -1,0 +1,4 @@
+"""Attacks on any classifier from images to logits."""
+from .core import *
+from .gradient import *
+from .boundary import *

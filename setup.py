@@ -1,0 +1,20 @@
+"Packaging, read from settings.ini."
+from configparser import ConfigParser
+from setuptools import setup, find_packages
+
+config = ConfigParser(delimiters=['='])
+config.read('settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
+    author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
+    long_description=open('README.md', encoding='utf-8').read(), long_description_content_type='text/markdown',
+    packages=find_packages(include=['genrobust*']), package_data={'genrobust': ['pretrained/*.safetensors']},
+    python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
+    extras_require={'dev': cfg['dev_requirements'].split()},
+    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
+                 'License :: OSI Approved :: Apache Software License']
+                + [f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14)],
+)
