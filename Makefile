@@ -1,0 +1,52 @@
+# What a person does here, and what CI does, is one of these. `make` lists them.
+SHELL := /bin/bash
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+
+# Data sets: $GENROBUST_DATA, made absolute since notebooks run in nbs/; a folder that lies beside the checkout will do.
+GENROBUST_DATA ?= $(wildcard ../shared/data)
+ifneq ($(GENROBUST_DATA),)
+export GENROBUST_DATA := $(abspath $(GENROBUST_DATA))
+endif
+
+.PHONY: help reproduce test sync notebooks-test wheel slow notebooks readme docs
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+
+.venv/ready: settings.ini setup.py
+	@echo "Installing genrobust and its development tools into .venv (once)"
+	@if command -v uv > /dev/null; then uv venv -q --allow-existing .venv && uv pip install -q -p .venv -e '.[dev]'; \
+	else python3 -m venv .venv && pip install -q -e '.[dev]'; fi
+	@touch $@
+
+reproduce: .venv/ready ## Measure what the report measured, in about five minutes on two cores
+	genrobust reproduce --preset quick
+
+test: .venv/ready sync notebooks-test wheel ## All tests: notebooks and modules in step, fast cells, the wheel, pytest
+	pytest -q tests
+
+sync: .venv/ready ## Check that notebooks are clean and modules are exported
+	@state() { git status --porcelain; git diff | git hash-object --stdin; }; before=$$(state); nbdev_clean; nbdev_export; \
+	if [ "$$before" != "$$(state)" ]; then echo 'Notebooks were not clean or modules not exported; now they are:'; git status --short; exit 1; fi
+
+notebooks-test: .venv/ready ## Run the fast cells of all notebooks
+	OMP_NUM_THREADS=1 MPLBACKEND=agg nbdev_test --timing
+
+wheel: .venv/ready ## Build the wheel, and run the README's example and one attack from it in an empty environment
+	rm -rf build dist
+	python -m build -q --wheel
+	bash tests/wheel.sh
+
+slow: .venv/ready ## Run the slow cells too; they write to results/
+	MPLBACKEND=agg nbdev_test --flags slow --n_workers 0 --timing
+
+notebooks: .venv/ready ## Run the fast cells of all notebooks and save their outputs
+	python tests/notebooks.py execute
+
+readme: .venv/ready ## Print nbs/index.ipynb to README.md
+	python tests/notebooks.py readme
+
+docs: .venv/ready ## Render the site to _docs/, with Quarto
+	nbdev_proc_nbs
+	@if ! command -v quarto > /dev/null; then echo 'The pages are processed in _proc/. To render them install Quarto (https://quarto.org/docs/get-started/) and run this again.'; exit 1; fi
+	cd _proc && quarto render --no-cache && rm -rf ../_docs && mv _docs ..

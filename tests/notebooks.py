@@ -1,0 +1,47 @@
+"Run notebooks and save what they show, or print the index as README.md: `python tests/notebooks.py execute [NAME...]` or `readme`."
+import os, sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import MarkdownExporter
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def directives(cell):
+    "The nbdev directives of a cell: the words after `#|`"
+    return {line[2:].split()[0] for line in cell.source.splitlines() if line.startswith('#|')}
+
+def execute(*names):
+    "Run the fast cells of all notebooks, or of those named, in place; slow cells keep the outputs they have."
+    from execnb.nbio import read_nb, write_nb
+    from execnb.shell import CaptureShell
+    os.chdir(ROOT/'nbs')
+    for path in sorted(Path().glob('*.ipynb')):
+        if names and path.stem not in names: continue
+        print(path.name, flush=True)
+        nb, shell = read_nb(path), CaptureShell(path, mpl_format='png')
+        for cell in nb.cells:
+            if cell.cell_type!='code' or 'slow' in directives(cell): continue
+            cell.outputs = []
+            shell.cell(cell)
+            if shell.exc: sys.exit(f'{path}: {shell.prettytb(path)}')
+        write_nb(nb, path)
+
+def readme():
+    "README.md as text, and its figures by their path: the index without hidden cells and directives."
+    nb = nbformat.read(ROOT/'nbs/index.ipynb', as_version=4)
+    nb.cells = [cell for cell in nb.cells if 'hide' not in directives(cell)]
+    for cell in nb.cells: cell.source = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|'))
+    text, resources = MarkdownExporter().from_notebook_node(nb, dict(output_files_dir='results/readme', unique_key='figure'))
+    return '\n'.join(line.rstrip() for line in text.strip().splitlines())+'\n', resources['outputs']
+
+def write_readme():
+    text, figures = readme()
+    (ROOT/'README.md').write_text(text, encoding='utf-8')
+    for name, content in figures.items():
+        (ROOT/name).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT/name).write_bytes(content)
+
+if __name__=='__main__':
+    command, *names = sys.argv[1:]
+    execute(*names) if command=='execute' else write_readme()

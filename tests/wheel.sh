@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Install the built wheel into an empty environment, and there run the README's example and attack a pretrained model.
+set -euo pipefail
+wheel=$(realpath dist/*.whl) readme=$(realpath README.md)
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+cd "$folder"
+if command -v uv > /dev/null; then uv venv -q env && uv pip install -q -p env "$wheel"
+else python3 -m venv env && env/bin/pip install -q "$wheel"; fi
+sed -n '/^```python$/,/^```$/p;/^```$/q' "$readme" | sed '/^```/d' > example.py
+test -s example.py
+env/bin/python example.py
+env/bin/python - <<'PYTHON'
+from genrobust.attacks import deepfool
+from genrobust.data import synthetic
+from genrobust.models import load_pretrained
+result = deepfool(load_pretrained('gfz'), synthetic(2).x)
+assert result.success.all(), result
+print('from the wheel:', result)
+PYTHON
+env/bin/genrobust --help > /dev/null
