@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/12_cli.ipynb #12-002
+# %% ../nbs/12_cli.ipynb #12-003
 import argparse, sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from .models import accuracy, build, save_model
 from .results import PRESETS, reproduce, tables, writable
 from .training import fit
 
-# %% ../nbs/12_cli.ipynb #12-003
+# %% ../nbs/12_cli.ipynb #12-006
 def _first(images, n): return Images(*[v[:n] for v in images])
 
 def _train(args):
@@ -35,7 +35,7 @@ def _reproduce(args):
     folder = reproduce(args.preset, args.out, data=args.data, root=args.root, device=args.device, progress=args.progress, say=partial(print, flush=True))
     print(f'\n{tables(folder)}\n\nWritten to {folder}')
 
-# %% ../nbs/12_cli.ipynb #12-004
+# %% ../nbs/12_cli.ipynb #12-008
 def _parser():
     parser = argparse.ArgumentParser('genrobust', description='Are generative classifiers more robust to adversarial attacks?')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')

@@ -354,7 +354,7 @@ def load_tensors(
     if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}")
     try:
         with safe_open(path, 'pt') as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()['genrobust'])
+            return {k: f.get_tensor(k).clone() for k in f.keys()}, json.loads(f.metadata()['genrobust'])
     except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as e:
         raise ValueError(f"{path} is not a file of genrobust's, or corrupt or truncated ({e}); fetch or make it again") from e
 

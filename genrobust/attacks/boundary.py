@@ -5,26 +5,14 @@
 # %% auto #0
 __all__ = ['linear_step', 'deepfool', 'truncated_deepfool']
 
-# %% ../../nbs/05_deepfool.ipynb #05-002
+# %% ../../nbs/05_deepfool.ipynb #05-003
 import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from .core import AttackResult, Problem, require, run
 
-# %% ../../nbs/05_deepfool.ipynb #05-003
-def _boundaries(problem, logits, J, i):
-    "For every class how far its logit lies below the present one `[b,C]`, inf for a class that is no goal, and the gradient that closes the gap `[b,C,...]`"
-    rows = torch.arange(len(i), device=i.device)
-    if problem.target is None:
-        here = problem.y[i]
-        goals = torch.ones_like(logits, dtype=torch.bool).scatter(1, here[:,None], False)
-    else:
-        here = logits.argmax(1)
-        goals = torch.zeros_like(logits, dtype=torch.bool).scatter(1, problem.target[i,None], True)
-    gap = (logits[rows,here,None] - logits).abs() + 8*torch.finfo(logits.dtype).eps*logits.abs().amax(1, True)
-    return gap.masked_fill(~goals, torch.inf), J - J[rows,here,None]
-
+# %% ../../nbs/05_deepfool.ipynb #05-006
 def linear_step(
     gap:Tensor, # `[B,C]`: how far each boundary is, in logits; inf for one to be ignored
     w:Tensor, # `[B,C,...]`: gradient that closes each gap
@@ -42,6 +30,20 @@ def linear_step(
     u = u[rows,l]
     return (length[:,None]*u.abs().pow(q-1)*u.sign()).view_as(w[:,0])
 
+# %% ../../nbs/05_deepfool.ipynb #05-010
+def _boundaries(problem, logits, J, i):
+    "For every class how far its logit lies below the present one `[b,C]`, inf for a class that is no goal, and the gradient that closes the gap `[b,C,...]`"
+    rows = torch.arange(len(i), device=i.device)
+    if problem.target is None:
+        here = problem.y[i]
+        goals = torch.ones_like(logits, dtype=torch.bool).scatter(1, here[:,None], False)
+    else:
+        here = logits.argmax(1)
+        goals = torch.zeros_like(logits, dtype=torch.bool).scatter(1, problem.target[i,None], True)
+    gap = (logits[rows,here,None] - logits).abs() + 8*torch.finfo(logits.dtype).eps*logits.abs().amax(1, True)
+    return gap.masked_fill(~goals, torch.inf), J - J[rows,here,None]
+
+# %% ../../nbs/05_deepfool.ipynb #05-012
 def _norm(x, p): return x.flatten(1).norm(p, dim=1)
 
 def _deepfool(problem, p, steps, overshoot, step):
@@ -65,7 +67,7 @@ def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
     settings = dict(attack=name, p=p, steps=steps, overshoot=overshoot, step=step)
     return run(lambda problem: _deepfool(problem, p, steps, overshoot, step), model, x, y, settings=settings, **kwargs)
 
-# %% ../../nbs/05_deepfool.ipynb #05-004
+# %% ../../nbs/05_deepfool.ipynb #05-013
 @delegates(run, but='minimum_norm')
 def deepfool(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`

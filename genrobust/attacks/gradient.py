@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['log_odds', 'fgsm', 'pgd', 'mim']
 
-# %% ../../nbs/04_fgsm.ipynb #04-002
+# %% ../../nbs/04_fgsm.ipynb #04-003
 import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from .core import AttackResult, Best, Problem, require, run
 
-# %% ../../nbs/04_fgsm.ipynb #04-003
+# %% ../../nbs/04_fgsm.ipynb #04-006
 def log_odds(
     logits:Tensor, # `[B,C]`
     y:Tensor # `[B]`
@@ -36,7 +36,7 @@ def _check_ball(eps, p):
     require(eps>=0, f"eps must be at least 0, found {eps}")
     require(p in (2, torch.inf), f"p must be 2 or inf, found {p}")
 
-# %% ../../nbs/04_fgsm.ipynb #04-004
+# %% ../../nbs/04_fgsm.ipynb #04-010
 def _flat(x, values): return values.view(-1, *[1]*(x.ndim-1))
 
 def _unit(g, p):
@@ -51,7 +51,7 @@ def _project(delta, eps, p):
     norm = delta.flatten(1).norm(dim=1)
     return delta*_flat(delta, (eps/norm.clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1))
 
-# %% ../../nbs/04_fgsm.ipynb #04-005
+# %% ../../nbs/04_fgsm.ipynb #04-012
 @delegates(run, but='minimum_norm')
 def fgsm(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
@@ -71,7 +71,7 @@ def fgsm(
         return problem.clip(problem.x + eps*_unit(g, p))
     return run(solve, model, x, y, settings=dict(attack='fgsm', eps=eps, p=p, loss=loss), minimum_norm=False, **kwargs)
 
-# %% ../../nbs/04_fgsm.ipynb #04-006
+# %% ../../nbs/04_fgsm.ipynb #04-016
 def _ball_start(problem, i, eps, p):
     "A random point of the ball around each image, uniform in direction and, for p = inf, in place"
     if p==torch.inf: delta = problem.random(torch.rand, i)*2-1
@@ -95,10 +95,12 @@ def _ascend(problem, eps, p, step_size, steps, restarts, loss, direction, random
         best.see(x, problem.logits(x, i), i)
     return best.x
 
-def _check_steps(step_size, steps, restarts=1):
-    require(step_size>0, f"step_size must be above 0, found {step_size}")
+def _step_size(step_size, eps, steps, factor):
+    "The one given, else so long that all steps together go `factor` times as far as `eps`"
     require(steps>=1, f"steps must be at least 1, found {steps}")
-    require(restarts>=1, f"restarts must be at least 1, found {restarts}")
+    if step_size is None: return factor*eps/steps
+    require(step_size>0, f"step_size must be above 0, found {step_size}")
+    return step_size
 
 @delegates(run, but='minimum_norm')
 def pgd(
@@ -118,8 +120,8 @@ def pgd(
     "Projected gradient descent (Madry et al., 2018, section 2.1)."
     _check_ball(eps, p)
     _check_loss(loss)
-    step_size = step_size or 2.5*eps/steps or 1.
-    _check_steps(step_size, steps, restarts)
+    step_size = _step_size(step_size, eps, steps, 2.5)
+    require(restarts>=1, f"restarts must be at least 1, found {restarts}")
     def solve(problem): return _ascend(problem, eps, p, step_size, steps, restarts, loss, lambda g, _: g, random_start)
     settings = dict(attack='pgd', eps=eps, p=p, step_size=step_size, steps=steps, restarts=restarts, loss=loss, random_start=random_start)
     return run(solve, model, x, y, settings=settings, minimum_norm=False, **kwargs)
@@ -141,8 +143,7 @@ def mim(
     "Momentum iterative method (Dong et al., 2018, algorithm 1)."
     _check_ball(eps, p)
     _check_loss(loss)
-    step_size = step_size or eps/steps or 1.
-    _check_steps(step_size, steps)
+    step_size = _step_size(step_size, eps, steps, 1)
     require(decay>=0, f"decay must be at least 0, found {decay}")
     def direction(g, last): return decay*last + g/_flat(g, g.flatten(1).abs().sum(1).clamp_min(torch.finfo(g.dtype).tiny))
     def solve(problem): return _ascend(problem, eps, p, step_size, steps, 1, loss, direction, False)
