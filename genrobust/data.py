@@ -219,6 +219,6 @@ def show_images(
     fig, axes = plt.subplots(rows, columns, figsize=(columns*scale, rows*scale*(1.15 if titles else 1)), squeeze=False, layout='constrained')
     for ax in axes.flat: ax.axis('off')
     for n, (ax, image) in enumerate(zip(axes.flat, x)):
-        ax.imshow(image[0].detach().cpu(), cmap='gray', vmin=0, vmax=1)
+        ax.imshow(image[0].detach().cpu().numpy(), cmap='gray', vmin=0, vmax=1)
         if titles: ax.set_title(titles[n], fontsize=8)
     return fig

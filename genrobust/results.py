@@ -83,12 +83,12 @@ def measure_attack(
     parts = list(zip(images.x.chunk(preset.seeds), images.y.chunk(preset.seeds)))
     start = time.perf_counter()
     results = [attack(clf, x, y, seed=seed, batch_size=64, progress=progress) for seed,(x,y) in enumerate(parts)]
-    seconds = (time.perf_counter()-start)/sum(r.attacked.sum().item() for r in results)
+    spent, attacked = time.perf_counter()-start, sum(r.attacked.sum().item() for r in results)
     frames = []
     for seed, result in enumerate(results):
         scored = rescore(result, clf, preset.draws, seed=seed, progress=progress)
-        frames.append(result.to_frame().assign(seed=seed, share=scored.share.cpu(), majority=scored.majority.cpu(), worst=scored.worst.cpu()))
-    return pd.concat(frames, ignore_index=True).rename_axis('image').reset_index(), results, seconds
+        frames.append(result.to_frame().assign(seed=seed, **{k: getattr(scored, k).cpu().numpy() for k in ('share','majority','worst')}))
+    return pd.concat(frames, ignore_index=True).rename_axis('image').reset_index(), results, spent/attacked if attacked else math.nan
 
 # %% ../nbs/10_results.ipynb #10-013
 def show_attacks(

@@ -31,7 +31,9 @@ def readme():
     "README.md as text, and its figures by their path: the index without hidden cells and directives."
     nb = nbformat.read(ROOT/'nbs/index.ipynb', as_version=4)
     nb.cells = [cell for cell in nb.cells if 'hide' not in directives(cell)]
-    for cell in nb.cells: cell.source = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|'))
+    for cell in nb.cells:
+        cell.metadata.transient = dict(remove_source='echo:' in directives(cell))
+        cell.source = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|'))
     text, resources = MarkdownExporter().from_notebook_node(nb, dict(output_files_dir='results/readme', unique_key='figure'))
     return '\n'.join(line.rstrip() for line in text.strip().splitlines())+'\n', resources['outputs']
 

@@ -40,7 +40,7 @@ def _boundaries(problem, logits, J, i):
     else:
         here = logits.argmax(1)
         goals = torch.zeros_like(logits, dtype=torch.bool).scatter(1, problem.target[i,None], True)
-    gap = (logits[rows,here,None] - logits).abs() + 8*torch.finfo(logits.dtype).eps*logits.abs().amax(1, True)
+    gap = (logits[rows,here,None] - logits).abs() + 2*torch.finfo(logits.dtype).eps*logits.abs().amax(1, True)
     return gap.masked_fill(~goals, torch.inf), J - J[rows,here,None]
 
 # %% ../../nbs/05_deepfool.ipynb #05-012

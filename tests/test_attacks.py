@@ -1,0 +1,191 @@
+"Properties that every attack has, whatever its idea; and faults known from other libraries."
+import inspect
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from genrobust import attacks
+from genrobust.attacks import AttackResult, deepfool, fgsm, jacobian, margin, mim, pgd, random_noise, rescore, truncated_deepfool
+from genrobust.models import CNN, BayesClassifier, load_pretrained
+
+ATTACKS = [random_noise, fgsm, pgd, mim, deepfool, truncated_deepfool]
+MINIMUM_NORM = [deepfool, truncated_deepfool]
+SMALL = {pgd: dict(steps=5, restarts=2), mim: dict(steps=5)}
+
+every_attack = pytest.mark.parametrize('attack', ATTACKS, ids=lambda f: f.__name__)
+
+def attack_small(attack, *args, **kw): return attack(*args, **{**SMALL.get(attack, {}), **kw})
+
+def elsewhere():
+    "A model and images of another shape: 3 x 20 x 30 pixels in (-1, 1), five classes"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4*6*9, 5)).eval()
+    return model, torch.rand(7, 3, 20, 30)*2-1
+
+def test_the_list_is_complete():
+    public = {f for f in vars(attacks).values() if inspect.isfunction(f) and list(inspect.signature(f).parameters)[:3]==['model', 'x', 'y']}
+    assert public == set(ATTACKS)
+
+@every_attack
+def test_another_shape_and_box(attack):
+    model, x = elsewhere()
+    result = attack_small(attack, model, x, bounds=(-1, 1))
+    assert result.x_adv.shape==x.shape and result.x_adv.min()>=-1 and result.x_adv.max()<=1
+    assert torch.equal(result.success, model(result.x_adv).argmax(1)!=result.y)
+    if attack in MINIMUM_NORM: assert result.success.all()
+
+@every_attack
+def test_targeted(attack):
+    model, x = elsewhere()
+    target = (model(x).argmax(1)+2)%5
+    result = attack_small(attack, model, x, target=target, bounds=(-1, 1))
+    assert torch.equal(result.success, model(result.x_adv).argmax(1)==target)
+    assert torch.equal(result.target, target)
+    with pytest.raises(ValueError, match='must differ'): attack_small(attack, model, x, target=(target-2)%5, bounds=(-1, 1))
+
+@every_attack
+@pytest.mark.parametrize('make', [lambda: CNN().eval(), lambda: BayesClassifier('GFZ', n_samples=2).eval()], ids=['cnn', 'gfz'])
+def test_an_image_fares_the_same_in_any_batch(attack, make):
+    x = torch.rand(5, 1, 28, 28).double()  # in float64, so that only the batch could make a difference
+    together, apart = (attack_small(attack, make().double(), x, batch_size=size) for size in (None, 2))
+    assert torch.allclose(together.x_adv, apart.x_adv, atol=1e-9)
+    assert torch.equal(together.success, apart.success)
+    assert (together.forwards-apart.forwards).abs().max()<=1  # the last bit may decide whether a step ends before or behind a boundary
+
+@every_attack
+@pytest.mark.parametrize('outside', [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_leaves_everything_as_it_was(attack, outside):
+    model, x = elsewhere()
+    before, weights, randomness = x.clone(), [p.clone() for p in model.parameters()], torch.random.get_rng_state()
+    expected = attack_small(attack, model, x, bounds=(-1, 1)).x_adv
+    with outside(): result = attack_small(attack, model, x, bounds=(-1, 1))
+    assert torch.equal(result.x_adv, expected)
+    assert torch.equal(x, before) and not x.requires_grad and not model.training
+    assert all(torch.equal(p, w) and p.grad is None for p,w in zip(model.parameters(), weights))
+    assert torch.equal(torch.random.get_rng_state(), randomness)
+
+@every_attack
+def test_passes_are_counted_as_spent(attack):
+    class Counting(nn.Module):
+        "Counts the images that go in, and those that a gradient comes back through"
+        def __init__(self):
+            super().__init__()
+            self.inner, self.forwards, self.backwards = elsewhere()[0], 0, 0
+        def forward(self, x):
+            self.forwards += len(x)
+            if x.requires_grad: x.register_hook(lambda g: setattr(self, 'backwards', self.backwards+len(x)))
+            return self.inner(x)
+    model = Counting().eval()
+    result = attack_small(attack, model, elsewhere()[1], bounds=(-1, 1))
+    assert result.forwards.sum()==model.forwards
+    classes = 5 if attack in MINIMUM_NORM else 1
+    assert result.backwards.sum()==model.backwards*classes
+
+@every_attack
+def test_refuses_training_mode_and_nonsense(attack):
+    model, x = elsewhere()
+    with pytest.raises(ValueError, match='training mode'): attack(model.train(), x, bounds=(-1, 1))
+    attack_small(attack, model, x, bounds=(-1, 1), allow_training=True)
+    model.eval()
+    for kw, match in [(dict(x=x*3), 'within bounds'), (dict(x=x/0), 'NaN'), (dict(x=x.int()), 'float tensor'), (dict(y=torch.full((7,), 5)), 'y must lie'),
+                      (dict(target=-1), 'target must lie'), (dict(y=torch.zeros(3).long()), 'y must be integers'), (dict(model=nn.Identity().eval()), 'logits')]:
+        with pytest.raises(ValueError, match=match): attack(**{**dict(model=model, x=x, bounds=(-1, 1)), **kw})
+    with pytest.raises(TypeError): attack(model, x, epsilon=1)
+
+@every_attack
+def test_float64_stays_float64(attack):
+    model, x = elsewhere()
+    assert attack_small(attack, model.double(), x.double(), bounds=(-1, 1)).x_adv.dtype==torch.double
+
+@every_attack
+def test_log_densities_near_minus_a_thousand(attack):
+    "Masking the right class with 0 instead of minus infinity fails here, and so does a softmax in float32"
+    model, x = elsewhere()
+    class Shifted(nn.Module):
+        def forward(self, x): return 50*model(x)-1000
+    result = attack_small(attack, Shifted().eval(), x, bounds=(-1, 1))
+    plain = attack_small(attack, model, x, bounds=(-1, 1))
+    assert torch.equal(result.success, plain.success)
+    if attack in MINIMUM_NORM: assert torch.allclose(result.l2, plain.l2, rtol=.01)
+
+@pytest.mark.parametrize('attack', MINIMUM_NORM, ids=lambda f: f.__name__)
+def test_failure_returns_the_original(attack):
+    class Deaf(nn.Module):
+        def forward(self, x): return torch.stack([x.flatten(1).sum(1)*0+1, x.flatten(1).sum(1)*0], 1)
+    x = torch.rand(4, 1, 8, 8)
+    result = attack(Deaf().eval(), x, steps=3)
+    assert not result.success.any() and torch.equal(result.x_adv, x) and math.isnan(result.summary()['l2'])
+
+def test_the_last_update_is_checked():
+    "One step crosses a flat boundary; that it did is seen although no step is left to see it with"
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    assert deepfool(linear, torch.rand(9, 1, 8, 8)*.2+.4, steps=1).success.all()
+
+def test_deepfool_crosses_from_a_hairs_breadth():
+    "A margin of 1e-6 between logits of -300, which a float32 cannot even hold"
+    class Hair(nn.Module):
+        def forward(self, x): return -300 + torch.stack([1e-3*(x.flatten(1).mean(1)-.5)+1e-6, x.flatten(1).sum(1)*0], 1)
+    result = deepfool(Hair().eval(), torch.full((1, 1, 8, 8), .5))
+    assert result.success.all() and result.linf<.2
+
+def test_overshoot_does_not_scale_with_the_box():
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    x = torch.rand(5, 1, 8, 8)*.2+.4
+    assert torch.allclose(deepfool(linear, x).x_adv, deepfool(linear, x, bounds=(-100, 100)).x_adv, atol=1e-6)
+
+def test_images_stop_one_by_one():
+    "An image that is done costs nothing more, however long others take"
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2, bias=False)).eval()
+    class Curved(nn.Module):
+        def forward(self, x): return model(x.pow(3))
+    x = torch.rand(16, 1, 8, 8)*.5+.25
+    together = deepfool(Curved().eval(), x)
+    alone = torch.cat([deepfool(Curved().eval(), image[None]).forwards for image in x])
+    assert torch.equal(together.forwards, alone)
+
+def test_a_stochastic_model_is_attacked_on_noise_of_the_attackers_own():
+    clf, x = BayesClassifier('DFZ', n_samples=2).eval(), torch.rand(3, 1, 28, 28)
+    result = deepfool(clf, x, seed=4)
+    assert result.settings['noise_seed']==4
+    assert torch.equal(result.y_adv, clf.fixed(4)(result.x_adv).argmax(1))
+    assert 'noise_seed' not in deepfool(clf.fixed(4), x).settings and 'noise_seed' not in deepfool(CNN().eval(), x).settings
+
+def test_rescoring_never_uses_the_noise_of_the_attack():
+    "Whatever the seeds: the first numbers of both streams differ"
+    clf, seen = BayesClassifier('GFZ', n_samples=2).eval(), []
+    clf._draw = lambda *shape, draw=clf._draw: seen.append(draw(*shape)) or seen[-1]
+    result = fgsm(clf, torch.rand(2, 1, 28, 28), seed=0)
+    rescore(result, clf, draws=3, seed=0)
+    noise = clf.fixed(0).noise.flatten()
+    assert len(seen)==3 and not torch.isin(noise, torch.cat([s.flatten() for s in seen])).any()
+    assert len({s.sum().item() for s in seen})==3 and not torch.equal(seen[0][0], seen[0][1])
+
+def test_rescored_targets_and_skips():
+    model, x = elsewhere()
+    y = model(x).argmax(1)
+    given = torch.where(torch.arange(7)<2, (y+1)%5, y)
+    result = deepfool(model, x, given, bounds=(-1, 1), target=(given+2)%5)
+    scored = rescore(result, model, draws=2)
+    assert scored.share[:2].isnan().all() and not scored.worst[:2].any()
+    assert torch.equal(scored.majority, result.success)
+
+def test_results_survive_the_disk_and_refuse_to_mix(tmp_path):
+    model, x = elsewhere()
+    one, other = fgsm(model, x, bounds=(-1, 1), eps=.1, target=(model(x).argmax(1)+1)%5), fgsm(model, x, bounds=(-1, 1), eps=.2)
+    one.save(tmp_path/'one.safetensors')
+    again = AttackResult.load(tmp_path/'one.safetensors')
+    assert again.settings==one.settings and torch.equal(again.x_adv, one.x_adv) and torch.equal(again.target, one.target)
+    assert [p.name for p in tmp_path.iterdir()]==['one.safetensors']
+    with pytest.raises(ValueError, match='same settings'): AttackResult.cat([one, other])
+
+def test_a_black_image_has_no_rho():
+    result = random_noise(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), torch.zeros(2, 1, 8, 8))
+    assert result.rho.isnan().all() and (result.l2>0).all()
+
+def test_jacobian_works_on_shipped_weights_that_want_no_gradient():
+    clf = load_pretrained('gfz', device='cpu').fixed(0)
+    with torch.no_grad(), torch.enable_grad(): logits, J = jacobian(clf, torch.rand(2, 1, 28, 28))
+    assert J.shape==(2, 10, 1, 28, 28) and J.abs().sum()>0
+    assert torch.equal(margin(logits, logits.argmax(1))>=0, torch.tensor([True, True]))

@@ -1,0 +1,97 @@
+"The house: notebooks, site, README and package agree with one another."
+import configparser, importlib, inspect, json, os, re, subprocess, sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+import genrobust
+from notebooks import directives, readme
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+SETTINGS = configparser.ConfigParser(delimiters=['='])
+SETTINGS.read(ROOT/'settings.ini')
+SETTINGS = SETTINGS['DEFAULT']
+MODULES = ['data', 'models', 'training', 'attacks', 'attacks.core', 'attacks.gradient', 'attacks.boundary', 'results', 'cli']
+
+def cells(path): return nbformat.read(path, as_version=4).cells
+every_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+
+def test_readme_is_the_index():
+    text, figures = readme()
+    assert (ROOT/'README.md').read_text()==text, 'run: make readme'
+    for name, content in figures.items(): assert (ROOT/name).read_bytes()==content, 'run: make readme'
+    for link in re.findall(r'\]\(([^)#:]+)\)', text): assert (ROOT/link).exists() or (ROOT/'nbs'/link).exists(), link
+
+@every_notebook
+def test_outputs_are_fit_to_be_shown(path):
+    "Executed, without errors or warnings, and without a path of the machine that ran them"
+    code = [c for c in cells(path) if c.cell_type=='code']
+    outputs = [o for c in code for o in c.outputs]
+    text = json.dumps(outputs)
+    assert outputs
+    assert not any(o.output_type=='error' or o.get('name')=='stderr' for o in outputs)
+    for bad in (str(Path.home())+'/', str(ROOT), '/tmp/', 'Warning', 'Traceback', 'synthetic images stand in'): assert bad not in text, bad
+
+@every_notebook
+def test_reads_as_a_chapter(path):
+    "A title, a description, and text between cells; imports in cells of their own"
+    found = cells(path)
+    assert found[0].source.startswith('# ') and '\n> ' in found[0].source
+    assert sum(c.cell_type=='markdown' for c in found) >= 4
+    for cell in found:
+        if cell.cell_type!='code' or 'slow' in directives(cell): continue
+        lines = [line for line in cell.source.splitlines() if line and not line.startswith('#')]
+        imports = [line for line in lines if line.startswith(('import ', 'from '))]
+        assert not imports or len(imports)==len(lines) or 'notest' in directives(cell), cell.source
+
+def test_slow_cells_only_write_results_and_fast_ones_only_read_them():
+    for path in NOTEBOOKS:
+        for cell in cells(path):
+            writes = re.findall(r"(?:to_csv|write_text|mkdir|savefig)\(.*results", cell.source)
+            assert not writes or 'slow' in directives(cell) or 'export' in directives(cell), cell.source
+
+def test_sidebar_lists_every_page_once_in_order():
+    site = yaml.safe_load((ROOT/'_quarto.yml').read_text())
+    listed = [page for entry in site['website']['sidebar']['contents'] for page in (entry['contents'] if isinstance(entry, dict) else [entry])]
+    assert listed==['index.ipynb', *[p.name for p in NOTEBOOKS if p.stem!='index']]
+    assert yaml.safe_load((ROOT/'nbs/_quarto.yml').read_text())=={'metadata-files': ['../_quarto.yml', 'nbdev.yml']}
+
+def test_the_site_is_processed_and_its_links_lead_somewhere():
+    subprocess.run(['nbdev_proc_nbs'], cwd=ROOT, check=True, capture_output=True, env=dict(os.environ, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'))
+    pages = ROOT/'_proc'
+    assert {p.name for p in pages.glob('*.ipynb')}=={p.name for p in NOTEBOOKS}
+    assert yaml.safe_load((pages/'nbdev.yml').read_text())['project']['output-dir']==SETTINGS['doc_path']
+    for path in pages.glob('*.ipynb'):
+        text = '\n'.join(c.source for c in cells(path) if c.cell_type=='markdown')
+        for link in re.findall(r'\]\(([^)#]+)(?:#[^)]*)?\)', text):
+            assert link.startswith('https://') or (pages/link.replace('.html', '.ipynb')).exists(), (path.name, link)
+        assert not any(o.output_type=='error' for c in cells(path) if c.cell_type=='code' for o in c.outputs)
+
+@pytest.mark.parametrize('name', MODULES)
+def test_public_functions_are_documented(name):
+    "A docstring for each, a comment for each parameter; and no module is hidden by a function of its name"
+    module = importlib.import_module(f'genrobust.{name}')
+    assert inspect.ismodule(getattr(importlib.import_module('genrobust.'+name.rpartition('.')[0] if '.' in name else 'genrobust'), name.rpartition('.')[2]))
+    for public in getattr(module, '__all__', []):
+        value = getattr(module, public)
+        if inspect.isfunction(value) or inspect.isclass(value) and value.__module__.startswith('genrobust'): assert value.__doc__, public
+
+def test_attacks_import_nothing_of_ours():
+    for path in (ROOT/'genrobust/attacks').glob('*.py'):
+        for line in path.read_text().splitlines():
+            if re.match(r'\s*(from|import) .*(genrobust|\.)', line) and 'genrobust' in line: assert 'genrobust.attacks' in line, line
+            assert not re.match(r'\s*from \.\.[a-z]', line), line
+
+def test_the_package_says_its_version_and_what_it_needs():
+    assert genrobust.__version__==SETTINGS['version']=='0.1.0'
+    assert SETTINGS['license']=='apache2' and 'Apache License' in (ROOT/'LICENSE').read_text()
+    for weights in (ROOT/'genrobust/pretrained').glob('*'): assert weights.suffix=='.safetensors' and weights.stat().st_size < 8e6
+
+def test_no_name_of_the_workplace():
+    files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        if name.endswith(('.png', '.safetensors')) or name in ('Makefile', '.ci/run', 'tests/test_project.py'): continue
+        assert '../shared' not in (ROOT/name).read_text(), name

@@ -1,0 +1,40 @@
+"What is claimed of the shipped weights, measured again on real images."
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from genrobust.attacks import deepfool, fgsm
+from genrobust.models import accuracy, load_pretrained
+from genrobust.results import PRESETS, wilson
+
+ROOT = Path(__file__).parent.parent
+both = pytest.mark.parametrize('name', ['gfz', 'dfz'])
+
+@both
+def test_accuracy_is_what_the_metadata_says(name, fashion):
+    clf, n = load_pretrained(name, device='cpu'), 500
+    assert clf.info['epochs']>=20 and clf.info['test_accuracy'] >= dict(dfz=.895, gfz=.835)[name]
+    low, high = wilson(n*clf.info['test_accuracy'], n)
+    margin = (high-low)/2*1.5  # three standard deviations
+    assert abs(accuracy(clf.fixed(0), fashion.test.x[:n], fashion.test.y[:n]) - clf.info['test_accuracy']) < margin
+
+def test_deepfool_wins_on_every_image_on_its_own_noise(fashion):
+    clf = load_pretrained('gfz', device='cpu').fixed(0)
+    x, y = (v[:90] for v in fashion.test)
+    with torch.no_grad(): right = (clf(x).argmax(1)==y).nonzero().squeeze(1)[:64]
+    result = deepfool(clf, x[right], y[right], batch_size=16)
+    assert len(right)==64 and result.success.all()
+
+@both
+def test_the_published_table_is_measured_again(name, fashion):
+    "The first images under Fast Gradient Sign, from weights and images"
+    preset = PRESETS['quick']
+    rows = pd.read_csv(ROOT/'results/quick/images.csv').query("model==@name and attack=='FGS' and seed==0")
+    n = preset.attacked//preset.seeds
+    x, y = (v[:n] for v in fashion.test)
+    again = fgsm(load_pretrained(name, device='cpu'), x, y, seed=0).to_frame()
+    assert len(rows)==n
+    for column in ('y', 'y_adv', 'success', 'initially_wrong'): assert again[column].tolist()==rows[column].tolist()
+    assert again.l2.to_numpy()==pytest.approx(rows.l2.to_numpy(), rel=1e-3)
