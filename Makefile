@@ -37,11 +37,11 @@ wheel: .venv/ready ## Build the wheel, and run the README's example and one atta
 	python -m build -q --wheel
 	bash tests/wheel.sh
 
-slow: .venv/ready ## Run the slow cells too; they write to results/
-	MPLBACKEND=agg nbdev_test --flags slow --n_workers 0 --timing
+slow: .venv/ready ## Run all notebooks, slow cells too, and save their outputs; slow cells write to results/
+	python tests/notebooks.py slow
 
 notebooks: .venv/ready ## Run the fast cells of all notebooks and save their outputs
-	python tests/notebooks.py execute
+	python tests/notebooks.py fast
 
 readme: .venv/ready ## Print nbs/index.ipynb to README.md
 	python tests/notebooks.py readme

@@ -14,7 +14,6 @@ setup(
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
-    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
-                 'License :: OSI Approved :: Apache Software License']
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research']
                 + [f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14)],
 )

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ FACTORISATIONS = dict(
     DFZ=Factorisation(z='',  x='z',  y='xz'),
     DBX=Factorisation(z='x', x=None, y='z'))
 
-# %% ../nbs/01_models.ipynb #01-008
+# %% ../nbs/01_models.ipynb #01-010
 class Joined(nn.Module):
     "A dense layer over inputs `[..., n_in[i]]` that broadcast against each other, to `[..., n_out]`"
     def __init__(self, n_in:list[int], n_out:int):
@@ -43,7 +44,7 @@ class Joined(nn.Module):
         self.parts = nn.ModuleList(nn.Linear(n, n_out, bias=not i) for i,n in enumerate(n_in))
     def forward(self, *inputs): return sum(part(x) for part,x in zip(self.parts, inputs))
 
-# %% ../nbs/01_models.ipynb #01-011
+# %% ../nbs/01_models.ipynb #01-013
 class Trunk(nn.Module):
     "Images `[...,1,28,28]` to features `[...,hidden]`: three 5x5 stride-2 convolutions of 64 channels, then dense"
     def __init__(self, hidden:int, dropout:float):
@@ -82,7 +83,7 @@ class Painter(nn.Module):
         chunks = codes.split(100 if codes.device.type=='cpu' else len(codes))  # a hundred stay in a CPU's cache
         return torch.cat([self.paint(chunk) for chunk in chunks]).unflatten(0, h.shape[:-1])
 
-# %% ../nbs/01_models.ipynb #01-014
+# %% ../nbs/01_models.ipynb #01-016
 def pick_device(
     device:str|torch.device|None=None # Default: cuda, else mps, else cpu
 ) -> torch.device: # One that works
@@ -135,7 +136,7 @@ def _seeded(seed, make):
         torch.manual_seed(seed)
         return make()
 
-# %% ../nbs/01_models.ipynb #01-016
+# %% ../nbs/01_models.ipynb #01-018
 class CNN(Classifier):
     "The plain reference classifier: the architecture of q(z|x,y), with class logits for an output"
     def __init__(self,
@@ -149,7 +150,7 @@ class CNN(Classifier):
         _seeded(seed, build)
     def forward(self, x): return self.head(self.trunk(_check_batch(x)))
 
-# %% ../nbs/01_models.ipynb #01-018
+# %% ../nbs/01_models.ipynb #01-020
 LOG_NORMALISER = -392*math.log(math.pi)  # of a Gaussian of variance 1/2 on 784 pixels, in nats
 
 def _log_normal(unit, log_sigma):
@@ -184,125 +185,51 @@ class BayesClassifier(Classifier):
         if y=='z': self.py = MLP(latent, n_classes, *dense)
         if y=='xz': self.py_trunk, self.py_head = Trunk(*dense), Head([hidden, latent], n_classes, *dense)
 
-    # One method a factor. x: [B,G,1,28,28] with G=1, or G=M for a copy of the image for each label; y: one-hot [.,M,C]; z: [B,M,K,latent]
-    def _posterior(self, x, y): return self.q_head(self.q_trunk(x), y)[:,:,None].chunk(2, -1)
+# %% ../nbs/01_models.ipynb #01-022
+@patch
+def _posterior(self:BayesClassifier, x, y): return self.q_head(self.q_trunk(x), y)[:,:,None].chunk(2, -1)
 
-    def _prior(self, x, y):
-        if self.factors.z=='': return self.labels.new_zeros(2, 1)
-        stats = self.pz(y) if self.factors.z=='y' else self.pz_head(self.pz_trunk(x))
-        return stats[:,:,None].chunk(2, -1)
+@patch
+def _prior(self:BayesClassifier, x, y):
+    if self.factors.z=='': return self.labels.new_zeros(2, 1)
+    stats = self.pz(y) if self.factors.z=='y' else self.pz_head(self.pz_trunk(x))
+    return stats[:,:,None].chunk(2, -1)
 
-    def _log_pz(self, x, y, z):
-        mean, log_sigma = self._prior(x, y)
-        return _log_normal((z-mean)*(-log_sigma).exp(), log_sigma)
+@patch
+def _log_pz(self:BayesClassifier, x, y, z):
+    mean, log_sigma = self._prior(x, y)
+    return _log_normal((z-mean)*(-log_sigma).exp(), log_sigma)
 
-    def decode(self,
-        z:Tensor, # Codes `[...,M,K,latent]`
-        y:Tensor # One-hot labels `[...,M,C]`
-    ) -> Tensor: # Mean of p(x|.), `[...,M,K,784]`
-        "Paint codes; the label is used where the factorisation has it."
-        return self.px(*[dict(y=y.unsqueeze(-2), z=z)[v] for v in self.factors.x])
+@patch
+def decode(self:BayesClassifier,
+    z:Tensor, # Codes `[...,M,K,latent]`
+    y:Tensor # One-hot labels `[...,M,C]`
+) -> Tensor: # Mean of p(x|.), `[...,M,K,784]`
+    "Paint codes; the label is used where the factorisation has it."
+    return self.px(*[dict(y=y.unsqueeze(-2), z=z)[v] for v in self.factors.x])
 
-    def _log_px(self, x, y, z):
-        if self.factors.x is None: return torch.zeros_like(z[...,0])
-        return -(x.flatten(-3).unsqueeze(-2) - self.decode(z, y)).square().sum(-1)
+@patch
+def _log_px(self:BayesClassifier, x, y, z):
+    if self.factors.x is None: return torch.zeros_like(z[...,0])
+    return -(x.flatten(-3).unsqueeze(-2) - self.decode(z, y)).square().sum(-1)
 
-    def _log_py(self, x, y, z):
-        if self.factors.y is None: return torch.full_like(z[...,0], -math.log(self.n_classes))
-        logits = self.py(z) if self.factors.y=='z' else self.py_head(self.py_trunk(x).unsqueeze(-2), z)
-        return (logits.log_softmax(-1)*y.unsqueeze(-2)).sum(-1)
+@patch
+def _log_py(self:BayesClassifier, x, y, z):
+    if self.factors.y is None: return torch.full_like(z[...,0], -math.log(self.n_classes))
+    logits = self.py(z) if self.factors.y=='z' else self.py_head(self.py_trunk(x).unsqueeze(-2), z)
+    return (logits.log_softmax(-1)*y.unsqueeze(-2)).sum(-1)
 
-    def _terms(self, x, y, noise):
-        mean, log_sigma = self._posterior(x, y)
-        z = mean + log_sigma.exp()*noise
-        return dict(x=self._log_px(x, y, z), y=self._log_py(x, y, z), z=self._log_pz(x, y, z),
-                    q=_log_normal(noise, log_sigma).expand(z.shape[:-1]))
+@patch
+def _terms(self:BayesClassifier, x, y, noise):
+    mean, log_sigma = self._posterior(x, y)
+    z = mean + log_sigma.exp()*noise
+    return dict(x=self._log_px(x, y, z), y=self._log_py(x, y, z), z=self._log_pz(x, y, z),
+                q=_log_normal(noise, log_sigma).expand(z.shape[:-1]))
 
-    def _draw(self, *shape): return torch.randn(*shape, self.latent, device=self.labels.device, dtype=self.labels.dtype)
+@patch
+def _draw(self:BayesClassifier, *shape): return torch.randn(*shape, self.latent, device=self.labels.device, dtype=self.labels.dtype)
 
-    def elbo(self,
-        x:Tensor, # `[B,1,28,28]`
-        y:Tensor  # `[B]`
-    ) -> Tensor: # `[B]` nats
-        "One-sample estimate of the evidence lower bound: on log p(x,y), or on log p(y|x) where p(x|.) is dropped."
-        terms = self._terms(_check_batch(x)[:,None], self.labels[y][:,None], self._draw(len(x), 1, 1))
-        return _total(terms).flatten() + (0 if self.factors.x is None else LOG_NORMALISER)
-
-    def loss(self, x:Tensor, y:Tensor) -> Tensor:
-        "What training minimises: the mean of -`elbo`."
-        return -self.elbo(x, y).mean()
-
-    def log_terms(self,
-        x:Tensor, # `[B,1,28,28]`
-        noise:Tensor|None=None # Latent noise that broadcasts to `[B,C,K,latent]`; fresh if none is given
-    ) -> dict: # `'x', 'y', 'z', 'q'`, each `[B,C,K]` nats
-        "The log-factors at z ~ q(z|x,y_c); that of x leaves out `LOG_NORMALISER`, and is 0 where p(x|.) is dropped."
-        if noise is None: noise = self._draw(len(x), self.n_classes, self.n_samples)
-        return self._terms(_check_batch(x)[:,None], self.labels[None], noise)
-
-    def forward(self, x:Tensor, noise:Tensor|None=None) -> Tensor:
-        "log p(x,y_c) up to a constant, `[B,C]` nats."
-        return _estimate(self.log_terms(x, noise))
-
-    def per_class_logits(self,
-        xc:Tensor, # `[B,C,1,28,28]`: a copy of the image for each class
-        noise:Tensor|None=None # As for `log_terms`
-    ) -> Tensor: # `[B,C]`
-        "Logits of which column c depends on `xc[:,c]` alone."
-        if noise is None: noise = self._draw(len(xc), self.n_classes, self.n_samples)
-        return _estimate(self._terms(_check_batch(xc, 5), self.labels[None], noise))
-
-    def log_joint(self, x:Tensor) -> Tensor:
-        "log p(x,y_c), `[B,C]` nats."
-        self._need_density()
-        return self(x) + LOG_NORMALISER
-
-    def _need_density(self):
-        if self.factors.x is None: super()._need_density()
-
-    @torch.no_grad()
-    def reconstruct(self,
-        x:Tensor # `[B,1,28,28]`
-    ) -> Tensor: # `[B,1,28,28]`
-        "Each image painted anew, from the mean of q(z|x,y) for the class y it is taken for."
-        self._need_density()
-        y = self.labels[self(x).argmax(1)][:,None]
-        return self.decode(self._posterior(x[:,None], y)[0], y).view_as(x)
-
-    @torch.no_grad()
-    def sample(self,
-        y:int|Tensor, # A label, or labels of any shape
-        n:int, # Images for each
-        candidates:int=20 # Codes drawn for each image that is kept, where y depends on them
-    ) -> Tensor: # Means of p(x|.), `[*y.shape,n,1,28,28]`
-        "Images of a class: codes from p(z|.), kept in proportion to p(y|.) (sampling, importance resampling)."
-        self._need_density()
-        labels = torch.as_tensor(y, device=self.labels.device)
-        onehot = self.labels[labels.flatten()][None]
-        mean, log_sigma = self._prior(None, onehot)
-        z = mean + log_sigma.exp()*self._draw(n if self.factors.y is None else n*candidates, labels.numel(), 1)
-        x = self.decode(z, onehot).view(*z.shape[:2], 1, 28, 28)
-        kept = self._log_py(x, onehot, z).squeeze(2).softmax(0).clamp_min(1e-30).T.multinomial(n)
-        return torch.stack([x[k,m] for m,k in enumerate(kept)]).view(*labels.shape, n, 1, 28, 28)
-
-    def fixed(self,
-        seed:int=0, # Of the noise
-        n_samples:int|None=None # K, if not the model's own
-    ) -> nn.Module:
-        "This model on one set of noise `[C,K,latent]`, drawn on the CPU, the same for every image."
-        return OnNoise(self, seed, n_samples or self.n_samples)
-
-    def averaged(self,
-        draws:int, # Number of independent draws
-        seed:int=0 # Of the noise
-    ) -> nn.Module:
-        "The mean of the logits over `draws` sets of noise: its gradient is the mean gradient (expectation over transformation)."
-        return OnNoise(self, seed, draws*self.n_samples, draws)
-
-    def fresh(self) -> nn.Module:
-        "This model as a black box: new noise at every call, and none of the white box's names."
-        return Fresh(self)
-
+# %% ../nbs/01_models.ipynb #01-024
 def _total(terms): return terms['x'] + terms['y'] + terms['z'] - terms['q']
 
 def _estimate(terms, draws=1):
@@ -310,7 +237,55 @@ def _estimate(terms, draws=1):
     total = _total(terms).unflatten(-1, (draws,-1))
     return (total.logsumexp(-1) - math.log(total.shape[-1])).mean(-1)
 
-# %% ../nbs/01_models.ipynb #01-020
+@patch
+def elbo(self:BayesClassifier,
+    x:Tensor, # `[B,1,28,28]`
+    y:Tensor  # `[B]`
+) -> Tensor: # `[B]` nats
+    "One-sample estimate of the evidence lower bound: on log p(x,y), or on log p(y|x) where p(x|.) is dropped."
+    terms = self._terms(_check_batch(x)[:,None], self.labels[y][:,None], self._draw(len(x), 1, 1))
+    return _total(terms).flatten() + (0 if self.factors.x is None else LOG_NORMALISER)
+
+@patch
+def loss(self:BayesClassifier, x:Tensor, y:Tensor) -> Tensor:
+    "What training minimises: the mean of -`elbo`."
+    return -self.elbo(x, y).mean()
+
+@patch
+def log_terms(self:BayesClassifier,
+    x:Tensor, # `[B,1,28,28]`
+    noise:Tensor|None=None # Latent noise that broadcasts to `[B,C,K,latent]`; fresh if none is given
+) -> dict: # `'x', 'y', 'z', 'q'`, each `[B,C,K]` nats
+    "The log-factors at z ~ q(z|x,y_c); that of x leaves out `LOG_NORMALISER`, and is 0 where p(x|.) is dropped."
+    if noise is None: noise = self._draw(len(x), self.n_classes, self.n_samples)
+    return self._terms(_check_batch(x)[:,None], self.labels[None], noise)
+
+@patch
+def forward(self:BayesClassifier, x:Tensor, noise:Tensor|None=None) -> Tensor:
+    "log p(x,y_c) up to a constant, `[B,C]` nats."
+    return _estimate(self.log_terms(x, noise))
+
+@patch
+def per_class_logits(self:BayesClassifier,
+    xc:Tensor, # `[B,C,1,28,28]`: a copy of the image for each class
+    noise:Tensor|None=None # As for `log_terms`
+) -> Tensor: # `[B,C]`
+    "Logits of which column c depends on `xc[:,c]` alone."
+    if noise is None: noise = self._draw(len(xc), self.n_classes, self.n_samples)
+    return _estimate(self._terms(_check_batch(xc, 5), self.labels[None], noise))
+
+# %% ../nbs/01_models.ipynb #01-026
+@patch
+def log_joint(self:BayesClassifier, x:Tensor) -> Tensor:
+    "log p(x,y_c), `[B,C]` nats."
+    self._need_density()
+    return self(x) + LOG_NORMALISER
+
+@patch
+def _need_density(self:BayesClassifier):
+    if self.factors.x is None: Classifier._need_density(self)
+
+# %% ../nbs/01_models.ipynb #01-028
 class OnNoise(nn.Module):
     "A Bayes classifier made deterministic: noise `[C,draws*K,latent]` of its own, the same for every image"
     def __init__(self, clf:BayesClassifier, seed:int, n_samples:int, draws:int=1):
@@ -332,7 +307,28 @@ class Fresh(nn.Module):
         self.train(clf.training)
     def forward(self, x:Tensor) -> Tensor: return self.clf(x)
 
-# %% ../nbs/01_models.ipynb #01-026
+@patch
+def fixed(self:BayesClassifier,
+    seed:int=0, # Of the noise
+    n_samples:int|None=None # K, if not the model's own
+) -> nn.Module:
+    "This model on one set of noise `[C,K,latent]`, drawn on the CPU, the same for every image."
+    return OnNoise(self, seed, n_samples or self.n_samples)
+
+@patch
+def averaged(self:BayesClassifier,
+    draws:int, # Number of independent draws
+    seed:int=0 # Of the noise
+) -> nn.Module:
+    "The mean of the logits over `draws` sets of noise: its gradient is the mean gradient (expectation over transformation)."
+    return OnNoise(self, seed, draws*self.n_samples, draws)
+
+@patch
+def fresh(self:BayesClassifier) -> nn.Module:
+    "This model as a black box: new noise at every call, and only `forward`."
+    return Fresh(self)
+
+# %% ../nbs/01_models.ipynb #01-034
 def save_tensors(
     path:str|Path, # Where to
     tensors:dict, # Name: tensor
@@ -397,7 +393,7 @@ def load_pretrained(
     clf.info = metadata['info']
     return clf.to(pick_device(device)).eval().requires_grad_(False)
 
-# %% ../nbs/01_models.ipynb #01-028
+# %% ../nbs/01_models.ipynb #01-036
 @torch.no_grad()
 def predict(
     model:nn.Module, # Images to logits
@@ -416,3 +412,31 @@ def accuracy(
 ) -> float: # Between 0 and 1
     "Share of images that get their label."
     return (predict(model, x, batch_size).argmax(1)==y).float().mean().item()
+
+# %% ../nbs/01_models.ipynb #01-046
+@patch
+@torch.no_grad()
+def reconstruct(self:BayesClassifier,
+    x:Tensor # `[B,1,28,28]`
+) -> Tensor: # `[B,1,28,28]`
+    "Each image painted anew, from the mean of q(z|x,y) for the class y it is taken for."
+    self._need_density()
+    y = self.labels[self(x).argmax(1)][:,None]
+    return self.decode(self._posterior(x[:,None], y)[0], y).view_as(x)
+
+@patch
+@torch.no_grad()
+def sample(self:BayesClassifier,
+    y:int|Tensor, # A label, or labels of any shape
+    n:int, # Images for each
+    candidates:int=20 # Codes drawn for each image that is kept, where y depends on them
+) -> Tensor: # Means of p(x|.), `[*y.shape,n,1,28,28]`
+    "Images of a class: codes from p(z|.), kept in proportion to p(y|.) (sampling, importance resampling)."
+    self._need_density()
+    labels = torch.as_tensor(y, device=self.labels.device)
+    onehot = self.labels[labels.flatten()][None]
+    mean, log_sigma = self._prior(None, onehot)
+    z = mean + log_sigma.exp()*self._draw(n if self.factors.y is None else n*candidates, labels.numel(), 1)
+    x = self.decode(z, onehot).view(*z.shape[:2], 1, 28, 28)
+    kept = self._log_py(x, onehot, z).squeeze(2).softmax(0).clamp_min(1e-30).T.multinomial(n)
+    return torch.stack([x[k,m] for m,k in enumerate(kept)]).view(*labels.shape, n, 1, 28, 28)

@@ -1,4 +1,4 @@
-"Run notebooks and save what they show, or print the index as README.md: `python tests/notebooks.py execute [NAME...]` or `readme`."
+"Run notebooks and save what they show, or print the index as README.md: `python tests/notebooks.py fast|slow [NAME...]`, or `readme`."
 import os, sys
 from pathlib import Path
 
@@ -11,8 +11,8 @@ def directives(cell):
     "The nbdev directives of a cell: the words after `#|`"
     return {line[2:].split()[0] for line in cell.source.splitlines() if line.startswith('#|')}
 
-def execute(*names):
-    "Run the fast cells of all notebooks, or of those named, in place; slow cells keep the outputs they have."
+def execute(*names, slow):
+    "Run all notebooks, or those named, in place; without `slow`, slow cells keep the outputs they have."
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     os.chdir(ROOT/'nbs')
@@ -21,7 +21,7 @@ def execute(*names):
         print(path.name, flush=True)
         nb, shell = read_nb(path), CaptureShell(path, mpl_format='png')
         for cell in nb.cells:
-            if cell.cell_type!='code' or 'slow' in directives(cell): continue
+            if cell.cell_type!='code' or 'slow' in directives(cell) and not slow: continue
             cell.outputs = []
             shell.cell(cell)
             if shell.exc: sys.exit(f'{path}: {shell.prettytb(path)}')
@@ -46,4 +46,4 @@ def write_readme():
 
 if __name__=='__main__':
     command, *names = sys.argv[1:]
-    execute(*names) if command=='execute' else write_readme()
+    write_readme() if command=='readme' else execute(*names, slow=command=='slow')

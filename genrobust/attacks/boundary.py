@@ -75,7 +75,7 @@ def deepfool(
     y:Tensor|None=None, # Labels `[N]`; default: the model's predictions
     *,
     p:float=2, # Norm to keep small, in (1, inf]
-    steps:int=50, # At most so many steps
+    steps:int=50, # Largest number of steps
     overshoot:float=.02, # Share added to the sum of the steps
     step:float=1., # Share of each linear estimate that is walked
     **kwargs
@@ -90,7 +90,7 @@ def truncated_deepfool(
     y:Tensor|None=None, # Labels `[N]`; default: the model's predictions
     *,
     p:float=2, # Norm to keep small, in (1, inf]
-    steps:int=100, # At most so many steps
+    steps:int=100, # Largest number of steps
     overshoot:float=.02, # Share added to the sum of the steps
     step:float=.2, # Share of each linear estimate that is walked
     **kwargs

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from fastcore.basics import patch
 from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -56,7 +57,7 @@ class AttackResult:
     y: Tensor # Labels `[N]`: those given, else the model's own predictions
     y_adv: Tensor # Predictions for `x_adv` `[N]`, on the noise of the attack
     success: Tensor # Bool `[N]`: attacked, and classified as the attacker wants
-    initially_wrong: Tensor # Bool `[N]`: misclassified before, so not attacked, and in no rate
+    initially_wrong: Tensor # Bool `[N]`: misclassified before, so not attacked, and left out of every rate
     forwards: Tensor # Forward passes spent on each image `[N]`
     backwards: Tensor # Backward passes; one of C cotangents counts C
     target: Tensor|None = None # Classes aimed at `[N]`
@@ -105,35 +106,38 @@ class AttackResult:
 
     def __repr__(self): return f"AttackResult({', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k,v in self.summary().items())})"
 
-    def _tensors(self): return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-
-    def save(self, path:str|Path) -> None:
-        "Write a safetensors file, whole or not at all."
-        path = Path(path)
-        tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-        try:
-            save_file({k: v.contiguous() for k,v in self._tensors().items()}, tmp, dict(settings=json.dumps(self.settings)))
-            os.replace(tmp, path)
-        finally: tmp.unlink(missing_ok=True)
-
-    @classmethod
-    def load(cls, path:str|Path) -> 'AttackResult':
-        "Read what `save` wrote, onto the CPU; a `ValueError` if it is not such a file, or not all of it."
-        if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}")
-        try:
-            with safe_open(path, 'pt') as f: return cls(**{k: f.get_tensor(k).clone() for k in f.keys()}, settings=json.loads(f.metadata()['settings']))
-        except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as e:
-            raise ValueError(f"{path} is not an attack result, or corrupt or truncated ({e})") from e
-
-    @classmethod
-    def cat(cls, results:list['AttackResult']) -> 'AttackResult':
-        "One result from several of the same attack, in order."
-        first, *others = [r._tensors() for r in results]
-        if any(r.settings!=results[0].settings or t.keys()!=first.keys() for r,t in zip(results[1:], others)):
-            raise ValueError("expected results of one attack with the same settings; found several")
-        return cls(**{k: torch.cat([first[k], *[o[k] for o in others]]) for k in first}, settings=results[0].settings)
-
 # %% ../../nbs/03_attacks.ipynb #03-017
+@patch
+def _tensors(self:AttackResult): return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+
+@patch
+def save(self:AttackResult, path:str|Path) -> None:
+    "Write a safetensors file, whole or not at all."
+    path = Path(path)
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        save_file({k: v.contiguous() for k,v in self._tensors().items()}, tmp, dict(settings=json.dumps(self.settings)))
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
+
+@patch(cls_method=True)
+def load(cls:AttackResult, path:str|Path) -> AttackResult:
+    "Read what `save` wrote, onto the CPU; a `ValueError` if it is not such a file, or not all of it."
+    if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}")
+    try:
+        with safe_open(path, 'pt') as f: return cls(**{k: f.get_tensor(k).clone() for k in f.keys()}, settings=json.loads(f.metadata()['settings']))
+    except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path} is not an attack result, or corrupt or truncated ({e})") from e
+
+@patch(cls_method=True)
+def cat(cls:AttackResult, results:list[AttackResult]) -> AttackResult:
+    "One result from several of the same attack, in order."
+    first, *others = [r._tensors() for r in results]
+    if any(r.settings!=results[0].settings or t.keys()!=first.keys() for r,t in zip(results[1:], others)):
+        raise ValueError("expected results of one attack with the same settings; found several")
+    return cls(**{k: torch.cat([first[k], *[o[k] for o in others]]) for k in first}, settings=results[0].settings)
+
+# %% ../../nbs/03_attacks.ipynb #03-019
 def _key(*parts):
     "A 32-bit seed that depends on all parts"
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), 'big')
@@ -190,7 +194,7 @@ class Problem:
         if self._rngs is None: self._rngs = [torch.Generator().manual_seed(_key(self.seed, int(n))) for n in self.positions]
         return torch.stack([draw(self.x.shape[1:], generator=self._rngs[n]) for n in i.tolist()]).to(self.x)
 
-# %% ../../nbs/03_attacks.ipynb #03-019
+# %% ../../nbs/03_attacks.ipynb #03-021
 class Best:
     "The point of lowest margin that each image of a problem has visited"
     def __init__(self, problem:Problem):
@@ -204,7 +208,7 @@ class Best:
         self.x[i[better]], self.margin[i[better]] = x.detach()[better], new[better]
         self.won[i] |= self.problem.fooled(logits, i)
 
-# %% ../../nbs/03_attacks.ipynb #03-021
+# %% ../../nbs/03_attacks.ipynb #03-023
 def require(ok:bool, message:str) -> None:
     "Raise a `ValueError` unless `ok`."
     if not ok: raise ValueError(message)
@@ -237,6 +241,7 @@ def _device(model, x):
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     return tensors[0].device if tensors else x.device
 
+# %% ../../nbs/03_attacks.ipynb #03-025
 def _attack_batch(solve, minimum_norm, model, x, y, target, bounds, seed, positions):
     "Attack one batch; the tensors of an `AttackResult`"
     with torch.no_grad(): logits = model(x)
@@ -262,6 +267,7 @@ def _attack_batch(solve, minimum_norm, model, x, y, target, bounds, seed, positi
     result = dict(x=x, x_adv=x_adv, y=y, y_adv=y_adv, success=success, initially_wrong=before!=y, forwards=forwards, backwards=backwards)
     return result if target is None else dict(result, target=target)
 
+# %% ../../nbs/03_attacks.ipynb #03-027
 def run(
     solve:Callable, # `Problem` to attacked images
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`, in eval mode
@@ -295,7 +301,7 @@ def run(
             parts.append({k: v.to(x.device) for k,v in part.items()})
     return AttackResult(**{k: torch.cat([part[k] for part in parts]) for k in parts[0]}, settings=settings)
 
-# %% ../../nbs/03_attacks.ipynb #03-023
+# %% ../../nbs/03_attacks.ipynb #03-029
 class Rescored(NamedTuple):
     "How attacked images fare on fresh noise; each `[N]`, nan or False where the image was not attacked"
     share: Tensor    # Share of draws fooled
@@ -325,7 +331,7 @@ def rescore(
     share = torch.where(result.attacked, fooled.double().mean(0), torch.nan)
     return Rescored(share, result.fooled(vote) & result.attacked, fooled.any(0) & result.attacked, draws)
 
-# %% ../../nbs/03_attacks.ipynb #03-025
+# %% ../../nbs/03_attacks.ipynb #03-031
 def random_noise(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
     x:Tensor, # Images `[N,...]` within `bounds`

@@ -36,7 +36,7 @@ def _check_ball(eps, p):
     require(eps>=0, f"eps must be at least 0, found {eps}")
     require(p in (2, torch.inf), f"p must be 2 or inf, found {p}")
 
-# %% ../../nbs/04_fgsm.ipynb #04-010
+# %% ../../nbs/04_fgsm.ipynb #04-012
 def _flat(x, values): return values.view(-1, *[1]*(x.ndim-1))
 
 def _unit(g, p):
@@ -51,7 +51,7 @@ def _project(delta, eps, p):
     norm = delta.flatten(1).norm(dim=1)
     return delta*_flat(delta, (eps/norm.clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1))
 
-# %% ../../nbs/04_fgsm.ipynb #04-012
+# %% ../../nbs/04_fgsm.ipynb #04-014
 @delegates(run, but='minimum_norm')
 def fgsm(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
@@ -71,7 +71,7 @@ def fgsm(
         return problem.clip(problem.x + eps*_unit(g, p))
     return run(solve, model, x, y, settings=dict(attack='fgsm', eps=eps, p=p, loss=loss), minimum_norm=False, **kwargs)
 
-# %% ../../nbs/04_fgsm.ipynb #04-016
+# %% ../../nbs/04_fgsm.ipynb #04-018
 def _ball_start(problem, i, eps, p):
     "A random point of the ball around each image, uniform in direction and, for p = inf, in place"
     if p==torch.inf: delta = problem.random(torch.rand, i)*2-1
@@ -96,7 +96,7 @@ def _ascend(problem, eps, p, step_size, steps, restarts, loss, direction, random
     return best.x
 
 def _step_size(step_size, eps, steps, factor):
-    "The one given, else so long that all steps together go `factor` times as far as `eps`"
+    "The one given, else chosen so that all steps together go `factor` times as far as `eps`"
     require(steps>=1, f"steps must be at least 1, found {steps}")
     if step_size is None: return factor*eps/steps
     require(step_size>0, f"step_size must be above 0, found {step_size}")
