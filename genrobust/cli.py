@@ -21,9 +21,9 @@ def _first(images, n): return Images(*[v[:n] for v in images])
 def _train(args):
     clf = build(args.model, dropout=args.dropout, seed=args.seed)
     out = Path(args.out or f'trained/{args.model.lower()}.safetensors')
-    if out.suffix!='.safetensors': raise ValueError(f"--out must name a .safetensors file, not {out}")
-    writable(out.parent)
+    if out.suffix!='.safetensors' or out.is_dir(): raise ValueError(f"--out must name a .safetensors file, not {out}")
     train, valid, test = (_first(part, args.images) for part in load(args.data, args.root))
+    writable(out.parent)
     history = fit(clf, train, valid, epochs=args.epochs, lr=args.lr, batch_size=args.batch_size, seed=args.seed, patience=args.patience,
                   checkpoint=out.with_suffix('.checkpoint'), device=args.device, progress=args.progress)
     scores = {f'{name}_accuracy': accuracy(clf.fixed(args.seed), part.x, part.y) for name,part in [('valid', valid), ('test', test)]}
@@ -36,6 +36,11 @@ def _reproduce(args):
     print(f'\n{tables(folder)}\n\nWritten to {folder}')
 
 # %% ../nbs/12_cli.ipynb #12-008
+def _count(text):
+    "An option that is a whole number of at least 1"
+    if not text.isdigit() or int(text)<1: raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
+    return int(text)
+
 def _parser():
     parser = argparse.ArgumentParser('genrobust', description='Are generative classifiers more robust to adversarial attacks?')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
@@ -49,9 +54,10 @@ def _parser():
     train.set_defaults(run=_train)
     train.add_argument('model', help='gfz, gfy, gbz, gby, dfx, dfz, dbx or cnn')
     train.add_argument('--out', help='file for the weights (default: trained/MODEL.safetensors); the checkpoint lies beside it')
-    for name, default, text in [('epochs', 50, 'passes over the training images (default: 50)'), ('batch-size', 100, 'images a step (default: 100)'), ('seed', 0, 'of all random numbers (default: 0)'),
+    for name, default, text in [('epochs', 50, 'passes over the training images (default: 50)'), ('batch-size', 100, 'images a step (default: 100)'),
                                 ('patience', None, 'stop after so many epochs without a better validation bound'), ('images', None, 'use only the first so many images of each part')]:
-        train.add_argument(f'--{name}', type=int, default=default, help=text)
+        train.add_argument(f'--{name}', type=_count, default=default, metavar='N', help=text)
+    train.add_argument('--seed', type=int, default=0, help='of all random numbers (default: 0)')
     train.add_argument('--lr', type=float, default=1e-3, help="Adam's learning rate (default: 0.001)")
     train.add_argument('--dropout', type=float, default=.2, help='share of dense units dropped (default: 0.2)')
 

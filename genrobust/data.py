@@ -49,6 +49,7 @@ def check_images(
     "Return `Images(x, y)`, or raise a `DataError` that says what is wrong with them."
     def need(ok, expected, found, todo):
         if not ok: raise DataError(f"{source}: expected {expected}, found {found}; {todo}")
+    need(isinstance(x, Tensor) and isinstance(y, Tensor), 'two tensors', f'{type(x).__name__} and {type(y).__name__}', 'convert them with torch.as_tensor')
     need(x.dtype==torch.float32 and y.dtype==torch.int64, 'float32 images and int64 labels', f'{x.dtype} and {y.dtype}',
          'convert them with x.float()/255 and y.long()')
     need(x.ndim==4 and x.shape[1:]==(1,28,28), 'images of shape [N, 1, 28, 28]', f'{list(x.shape)}', 'reshape or resize them')
@@ -177,14 +178,17 @@ def synthetic(
     return check_images(torch.from_numpy(x[order]), torch.from_numpy(y[order]), source='synthetic')
 
 # %% ../nbs/00_data.ipynb #00-022
+def _check_name(name):
+    if name not in _datasets and name!='synthetic': raise DataError(f"no data set {name!r}; there are {', '.join([*_datasets, 'synthetic'])}")
+
 def load(
     name:str='fashion_mnist', # 'fashion_mnist', 'mnist', 'kmnist' or 'synthetic'
     root:str|Path|None=None, # Folder that holds `FashionMNIST/raw/*.gz`; default `data_root()`
     download:bool=True # Whether missing files may be downloaded
 ) -> Splits: # 50,000, 10,000 and 10,000 images
     "Load a data set in three parts; the validation part is drawn from the training images, always the same ones."
+    _check_name(name)
     if name=='synthetic': return _split(synthetic(60_000, seed=0), synthetic(10_000, seed=1))
-    if name not in _datasets: raise DataError(f"no data set {name!r}; there are {', '.join([*_datasets, 'synthetic'])}")
     return _split(*_read(_datasets[name], data_root() if root is None else root, download))
 
 def load_or_synthetic(
@@ -201,6 +205,7 @@ def class_names(
     name:str # As for `load`
 ) -> list[str]: # Ten names, by label
     "What the labels of a data set mean."
+    _check_name(name)
     return _datasets['fashion_mnist' if name=='synthetic' else name].classes
 
 # %% ../nbs/00_data.ipynb #00-024

@@ -8,7 +8,7 @@ __all__ = ['FACTORISATIONS', 'LOG_NORMALISER', 'Factorisation', 'Joined', 'Trunk
            'build', 'save_model', 'pretrained_names', 'load_pretrained', 'predict', 'accuracy']
 
 # %% ../nbs/01_models.ipynb #01-003
-import json, math, os
+import hashlib, json, math, os
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -89,7 +89,9 @@ def pick_device(
 ) -> torch.device: # One that works
     "The device asked for, else the fastest here; a `ValueError` if it cannot be used."
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try: return torch.empty(0, device=device).device
+    try:
+        torch.zeros(1, device=device).item()
+        return torch.device(device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device {str(device)!r} cannot be used here ({str(e).splitlines()[0]})") from e
 
 class NoDensityError(ValueError):
@@ -123,11 +125,18 @@ class Classifier(nn.Module):
     def log_marginal(self, x:Tensor) -> Tensor:
         "log p(x), `[B]` nats."
         return self.log_joint(x).logsumexp(1)
+    def reconstruct(self, x:Tensor) -> Tensor:
+        "Each image painted anew, `[B,1,28,28]`."
+        self._need_density()
+    def sample(self, y:int|Tensor, n:int) -> Tensor:
+        "Images of a class, `[*y.shape,n,1,28,28]`."
+        self._need_density()
     def _need_density(self):
         raise NoDensityError(f"{self.name} has no density of images: it models p(y|x) alone; use one of {', '.join(k for k,f in FACTORISATIONS.items() if f.x)}")
 
 def _check_batch(x, ndim=4):
-    if x.ndim!=ndim or x.shape[-3:]!=(1,28,28): raise ValueError(f"expected images of shape [{'B,C,'[:ndim*2-6]}1,28,28], found {list(x.shape)}")
+    if x.ndim!=ndim or x.shape[-3:]!=(1,28,28) or not x.is_floating_point():
+        raise ValueError(f"expected float images of shape [{'B,C,'[:ndim*2-6]}1,28,28], found {x.dtype} {list(x.shape)}")
     return x
 
 def _seeded(seed, make):
@@ -290,11 +299,11 @@ class OnNoise(nn.Module):
     "A Bayes classifier made deterministic: noise `[C,draws*K,latent]` of its own, the same for every image"
     def __init__(self, clf:BayesClassifier, seed:int, n_samples:int, draws:int=1):
         super().__init__()
-        self.clf, self.draws, self.n_classes = clf, draws, clf.n_classes
+        if n_samples<1 or draws<1: raise ValueError(f"expected at least one sample and one draw, found {n_samples} and {draws}")
+        self.clf, self.draws, self.n_classes, self.training = clf, draws, clf.n_classes, clf.training
         rng = torch.Generator().manual_seed(seed)
         noise = torch.stack([torch.randn(clf.n_classes, clf.latent, generator=rng) for _ in range(n_samples)], 1)
         self.register_buffer('noise', noise.to(clf.labels), persistent=False)
-        self.train(clf.training)
     def forward(self, x:Tensor) -> Tensor: return _estimate(self.log_terms(x), self.draws)
     def log_terms(self, x:Tensor) -> dict: return self.clf.log_terms(x, self.noise)
     def per_class_logits(self, xc:Tensor) -> Tensor: return _estimate(self.clf._terms(_check_batch(xc, 5), self.clf.labels[None], self.noise), self.draws)
@@ -303,8 +312,7 @@ class Fresh(nn.Module):
     "A classifier that answers with logits and nothing else"
     def __init__(self, clf:Classifier):
         super().__init__()
-        self.clf = clf
-        self.train(clf.training)
+        self.clf, self.training = clf, clf.training
     def forward(self, x:Tensor) -> Tensor: return self.clf(x)
 
 @patch
@@ -313,14 +321,14 @@ def fixed(self:BayesClassifier,
     n_samples:int|None=None # K, if not the model's own
 ) -> nn.Module:
     "This model on one set of noise `[C,K,latent]`, drawn on the CPU, the same for every image."
-    return OnNoise(self, seed, n_samples or self.n_samples)
+    return OnNoise(self, seed, self.n_samples if n_samples is None else n_samples)
 
 @patch
 def averaged(self:BayesClassifier,
     draws:int, # Number of independent draws
     seed:int=0 # Of the noise
 ) -> nn.Module:
-    "The mean of the logits over `draws` sets of noise: its gradient is the mean gradient (expectation over transformation)."
+    "The mean of the logits over `draws` sets of noise; the gradient of each logit is the mean of its gradients (expectation over transformation)."
     return OnNoise(self, seed, draws*self.n_samples, draws)
 
 @patch
@@ -329,18 +337,25 @@ def fresh(self:BayesClassifier) -> nn.Module:
     return Fresh(self)
 
 # %% ../nbs/01_models.ipynb #01-034
+def _digest(tensors):
+    "A hash of names and numbers"
+    h = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(tensors.items()): h.update(name.encode()+value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
 def save_tensors(
     path:str|Path, # Where to
     tensors:dict, # Name: tensor
     **metadata # Anything JSON can hold
 ) -> None:
-    "Write a safetensors file, whole or not at all."
+    "Write a safetensors file, whole or not at all; an `OSError` if that cannot be done."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
-        save_file({k: v.contiguous() for k,v in tensors.items()}, tmp, dict(genrobust=json.dumps(metadata)))
+        save_file({k: v.contiguous() for k,v in tensors.items()}, tmp, dict(genrobust=json.dumps(metadata), digest=_digest(tensors)))
         os.replace(tmp, path)
+    except SafetensorError as e: raise OSError(f"cannot write {path}: {e}") from e
     finally: tmp.unlink(missing_ok=True)
 
 def load_tensors(
@@ -350,8 +365,10 @@ def load_tensors(
     if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}")
     try:
         with safe_open(path, 'pt') as f:
-            return {k: f.get_tensor(k).clone() for k in f.keys()}, json.loads(f.metadata()['genrobust'])
-    except (SafetensorError, TypeError, KeyError, json.JSONDecodeError) as e:
+            tensors, metadata = {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata()
+        if metadata['digest']!=_digest(tensors): raise ValueError('its numbers are not those that were saved')
+        return tensors, json.loads(metadata['genrobust'])
+    except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f"{path} is not a file of genrobust's, or corrupt or truncated ({e}); fetch or make it again") from e
 
 def build(

@@ -9,6 +9,7 @@ __all__ = ['REPORT', 'ATTACKS', 'PRESETS', 'Preset', 'wilson', 'clustered', 'mea
 # %% ../nbs/10_results.ipynb #10-003
 import json, math, os, time
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import NamedTuple
@@ -117,10 +118,13 @@ def writable(
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=folder): return folder
 
-def _write(path, text):
+def _write(path, content):
+    "Text or bytes, whole or not at all"
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    tmp.write_text(text, encoding='utf-8')
-    os.replace(tmp, path)
+    try:
+        tmp.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
 
 def _stand_in(name, splits, device, progress):
     "A model trained for a minute"
@@ -147,9 +151,11 @@ def reproduce(
     test, accuracies, seconds, frames, results = splits.test, [], [], [], {}
     start = time.perf_counter()
     def tell(what): say(f'[{time.perf_counter()-start:4.0f} s] {what}')
-    for model in models:
-        if data=='synthetic': tell(f'{model.upper()}: training on synthetic images')
-        clf = _stand_in(model, splits, device, progress) if data=='synthetic' else load_pretrained(model, device)
+    def get(model):
+        if data!='synthetic': return load_pretrained(model, device)
+        tell(f'{model.upper()}: training on synthetic images')
+        return _stand_in(model, splits, device, progress)
+    for model, clf in {model: get(model) for model in models}.items():
         tell(f'{model.upper()}: classifying {preset.clean} images')
         accuracies.append(dict(model=model, **measure_accuracy(clf, Images(test.x[:preset.clean], test.y[:preset.clean]))))
         results[model] = {}
@@ -163,8 +169,10 @@ def reproduce(
         _write(folder/f'{file}.csv', table.to_csv(index=False, float_format='%.6g'))
     _write(folder/'settings.json', json.dumps(settings, indent=1)+'\n')
     fig = show_attacks(results, class_names(data), note='synthetic images' if data=='synthetic' else '')
-    fig.savefig(folder/'examples.png', dpi=110, bbox_inches='tight')
+    png = BytesIO()
+    fig.savefig(png, dpi=110, bbox_inches='tight')
     plt.close(fig)
+    _write(folder/'examples.png', png.getvalue())
     _write(folder/'tables.md', tables(folder)+'\n')
     tell('done')
     return folder

@@ -6,8 +6,9 @@
 __all__ = ['evaluate', 'fit', 'plot_history']
 
 # %% ../nbs/02_training.ipynb #02-003
-import math
+import hashlib, math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,7 +16,7 @@ import torch
 from fastprogress import master_bar, progress_bar
 from torch import Tensor
 
-from .data import Images
+from .data import Images, check_images
 from .models import Classifier, accuracy, load_tensors, pick_device, save_tensors
 
 # %% ../nbs/02_training.ipynb #02-006
@@ -54,6 +55,18 @@ def _save(path, model, optimiser, best, settings, history):
     weights = {f'model.{k}': v for k,v in model.state_dict().items()}
     save_tensors(path, {**weights, **moments, **{f'best.{k}': v for k,v in best.items()}}, config=model.config, settings=settings, history=history)
 
+def _fingerprint(*parts):
+    "A hash of all images and labels"
+    h = hashlib.blake2b(digest_size=8)
+    for images in parts:
+        for values in images: h.update(values.cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()
+
+def _describe(adversary):
+    "What an adversary is called, the same in every process"
+    if isinstance(adversary, partial): return f'{_describe(adversary.func)}{adversary.args or ""}{adversary.keywords}'
+    return adversary and getattr(adversary, '__qualname__', type(adversary).__qualname__)
+
 def _part(tensors, prefix): return {k.removeprefix(prefix+'.'): v for k,v in tensors.items() if k.startswith(prefix+'.')}
 
 def _resume(path, model, optimiser, settings):
@@ -84,12 +97,13 @@ def fit(
     progress:bool=True # Show a bar
 ) -> list[dict]: # One entry an epoch: `epoch`, `train_bound`, `bound`, `accuracy`
     "Maximise the bound by Adam and keep the weights of the best validation bound; `ValueError` if the loss stops being a number."
-    if epochs<1 or batch_size<1 or lr<=0: raise ValueError(f"expected epochs >= 1, batch_size >= 1 and lr > 0, found {epochs}, {batch_size} and {lr}")
-    device = pick_device(device)
+    if epochs<1 or batch_size<1 or not lr>0: raise ValueError(f"expected epochs >= 1, batch_size >= 1 and lr > 0, found {epochs}, {batch_size} and {lr}")
+    if patience is not None and patience<1: raise ValueError(f"expected patience >= 1, found {patience}")
+    for name, part in zip(('training images', 'validation images'), (train, valid)): check_images(*part, n_classes=model.n_classes, source=name)
+    device, settings = pick_device(device), dict(lr=lr, batch_size=batch_size, seed=seed, adversary=_describe(adversary), data=_fingerprint(train, valid))
     model.to(device).requires_grad_(True)
     train, valid = (Images(images.x.to(device), images.y.to(device)) for images in (train, valid))
     optimiser = torch.optim.Adam(model.parameters(), lr=lr)
-    settings = dict(lr=lr, batch_size=batch_size, seed=seed, n_train=len(train.y), adversary=adversary and getattr(adversary, '__name__', repr(adversary)))
     best, history = _resume(checkpoint, model, optimiser, settings) if checkpoint and Path(checkpoint).exists() else ({}, [])
     bar = master_bar(range(len(history), epochs), total=epochs) if progress else range(len(history), epochs)
     for epoch in bar:

@@ -56,13 +56,14 @@ def test_an_image_fares_the_same_in_any_batch(attack, make):
 
 @every_attack
 @pytest.mark.parametrize('outside', [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_leaves_everything_as_it_was(attack, outside):
-    model, x = elsewhere()
-    before, weights, randomness = x.clone(), [p.clone() for p in model.parameters()], torch.random.get_rng_state()
-    expected = attack_small(attack, model, x, bounds=(-1, 1)).x_adv
-    with outside(): result = attack_small(attack, model, x, bounds=(-1, 1))
+@pytest.mark.parametrize('stochastic', [False, True], ids=['plain', 'gfz'])
+def test_leaves_everything_as_it_was(attack, outside, stochastic):
+    model, x = (BayesClassifier('GFZ', hidden=50, n_samples=2).eval(), torch.rand(2, 1, 28, 28)) if stochastic else elsewhere()
+    bounds, before, weights, randomness = ((0, 1) if stochastic else (-1, 1)), x.clone(), [p.clone() for p in model.parameters()], torch.random.get_rng_state()
+    expected = attack_small(attack, model, x, bounds=bounds).x_adv
+    with outside(): result = attack_small(attack, model, x, bounds=bounds)
     assert torch.equal(result.x_adv, expected)
-    assert torch.equal(x, before) and not x.requires_grad and not model.training
+    assert torch.equal(x, before) and not x.requires_grad and not any(m.training for m in model.modules())
     assert all(torch.equal(p, w) and p.grad is None for p,w in zip(model.parameters(), weights))
     assert torch.equal(torch.random.get_rng_state(), randomness)
 
@@ -126,7 +127,7 @@ def test_the_last_update_is_checked():
 def test_deepfool_crosses_from_a_hairs_breadth():
     "A margin of 1e-6 between logits of -300, which a float32 cannot even hold"
     class Hair(nn.Module):
-        def forward(self, x): return -300 + torch.stack([1e-3*(x.flatten(1).mean(1)-.5)+1e-6, x.flatten(1).sum(1)*0], 1)
+        def forward(self, x): return -300 + torch.stack([1e-2*(x.flatten(1).mean(1)-.5)+1e-6, x.flatten(1).sum(1)*0], 1)
     result = deepfool(Hair().eval(), torch.full((1, 1, 8, 8), .5))
     assert result.success.all() and result.linf<.2
 
@@ -161,6 +162,44 @@ def test_rescoring_never_uses_the_noise_of_the_attack():
     noise = clf.fixed(0).noise.flatten()
     assert len(seen)==3 and not torch.isin(noise, torch.cat([s.flatten() for s in seen])).any()
     assert len({s.sum().item() for s in seen})==3 and not torch.equal(seen[0][0], seen[0][1])
+
+@every_attack
+def test_what_is_not_a_number_is_no_success(attack):
+    "Gradients that are NaN, and logits that turn NaN away from the image"
+    model, x = elsewhere()
+    class Steep(nn.Module):
+        def forward(self, x): return model(x) + (x[:,:1,:1,:1]-x[:,:1,:1,:1]).flatten(1).abs().sqrt()
+    class Cliff(nn.Module):
+        def forward(self, z): return torch.where(torch.isin(z.flatten(1)[:,7:8], x.flatten(1)[:,7]), model(z), torch.nan)
+    steep = attack_small(attack, Steep().eval(), x, bounds=(-1, 1))
+    assert steep.x_adv.isfinite().all() and torch.equal(steep.success, model(steep.x_adv).argmax(1)!=steep.y)
+    assert not attack_small(attack, Cliff().eval(), x, bounds=(-1, 1)).success.any()
+
+def test_an_operation_that_cannot_be_vectorised():
+    class Odd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x): return x*2
+        @staticmethod
+        def backward(ctx, g): return g*2 if g.sum()>-1e9 else g
+    class Model(nn.Module):
+        def forward(self, x): return elsewhere()[0](Odd.apply(x))
+    model, x = elsewhere()
+    class Twice(nn.Module):
+        def forward(self, x): return model(x*2)
+    assert torch.allclose(jacobian(Model().eval(), x)[1], jacobian(Twice().eval(), x)[1], atol=1e-6)
+
+def test_a_tied_vote_is_not_fooled():
+    class Coin(nn.Module):
+        "Answers 0, 1, 0, 1, ..."
+        calls = 0
+        def forward(self, x):
+            Coin.calls += 1
+            return torch.eye(3)[(Coin.calls-1)%2].expand(len(x), 3)
+    x = torch.rand(2, 1, 4, 4)
+    common = dict(x=x, x_adv=x, success=torch.tensor([True]*2), initially_wrong=torch.tensor([False]*2), forwards=torch.ones(2), backwards=torch.ones(2))
+    for y in (0, 1):
+        tied = rescore(AttackResult(y=torch.full((2,), y), y_adv=torch.full((2,), 1-y), **common), Coin().eval(), draws=4)
+        assert not tied.majority.any() and tied.worst.all() and (tied.share==.5).all()
 
 def test_rescored_targets_and_skips():
     model, x = elsewhere()

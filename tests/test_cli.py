@@ -1,7 +1,5 @@
 "The command, as a user runs it."
 import os, signal, subprocess, sys, time
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +34,7 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize('args, message', [
     (['train', 'gfx'], 'no factorisation'), (['reproduce', '--preset', 'huge'], 'invalid choice'), (['attack'], 'invalid choice'), (['reproduce', '--data', 'mnist'], 'no weights'),
-    (['train', 'gfz', '--data', 'imagenet'], 'no data set'), (['reproduce', '--out', '/dev/null/results'], 'Not a directory'), (['train', 'cnn', '--lr', '-1', '--data', 'synthetic'], 'lr > 0')])
+    (['train', 'gfz', '--data', 'imagenet'], 'no data set'), (['train', 'gfz', '--images', '0'], 'at least 1'), (['reproduce', '--device', 'meta'], 'cannot be used'), (['reproduce', '--out', '/dev/null/results'], 'Not a directory'), (['train', 'cnn', '--lr', '-1', '--data', 'synthetic'], 'lr > 0')])
 def test_bad_input_is_one_line_and_status_2(args, message, tmp_path):
     process = genrobust(*args, cwd=tmp_path)
     out, errors = process.communicate()

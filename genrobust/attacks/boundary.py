@@ -10,7 +10,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, Problem, require, run
+from .core import AttackResult, check_counts, require, run
 
 # %% ../../nbs/05_deepfool.ipynb #05-006
 def linear_step(
@@ -31,6 +31,10 @@ def linear_step(
     return (length[:,None]*u.abs().pow(q-1)*u.sign()).view_as(w[:,0])
 
 # %% ../../nbs/05_deepfool.ipynb #05-010
+def _resolution(logits):
+    "What rounding may add to a difference of logits, or take from it `[b]`"
+    return 8*torch.finfo(logits.dtype).eps*logits.abs().amax(1)
+
 def _boundaries(problem, logits, J, i):
     "For every class how far its logit lies below the present one `[b,C]`, inf for a class that is no goal, and the gradient that closes the gap `[b,C,...]`"
     rows = torch.arange(len(i), device=i.device)
@@ -40,7 +44,7 @@ def _boundaries(problem, logits, J, i):
     else:
         here = logits.argmax(1)
         goals = torch.zeros_like(logits, dtype=torch.bool).scatter(1, problem.target[i,None], True)
-    gap = (logits[rows,here,None] - logits).abs() + 2*torch.finfo(logits.dtype).eps*logits.abs().amax(1, True)
+    gap = (logits[rows,here,None] - logits).abs() + 2*_resolution(logits)[:,None]
     return gap.masked_fill(~goals, torch.inf), J - J[rows,here,None]
 
 # %% ../../nbs/05_deepfool.ipynb #05-012
@@ -50,7 +54,7 @@ def _deepfool(problem, p, steps, overshoot, step):
     i, x, total = problem.all, problem.x.clone(), torch.zeros_like(problem.x)
     for _ in range(steps):
         logits, J = problem.jacobian(x[i], i)
-        going = ~problem.fooled(logits, i)
+        going = problem.margin(logits, i) > -_resolution(logits)
         i = i[going]
         if not len(i): break
         estimate = linear_step(*_boundaries(problem, logits[going], J[going], i), p)
@@ -61,7 +65,7 @@ def _deepfool(problem, p, steps, overshoot, step):
 
 def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
     require(p>1, f"p must be above 1 (inf included), found {p}")
-    require(steps>=1, f"steps must be at least 1, found {steps}")
+    check_counts(steps=steps)
     require(overshoot>=0, f"overshoot must be at least 0, found {overshoot}")
     require(0<step<=1, f"step must lie in (0, 1], found {step}")
     settings = dict(attack=name, p=p, steps=steps, overshoot=overshoot, step=step)
