@@ -1,5 +1,5 @@
 "Run notebooks and save what they show, or print the index as README.md: `python tests/notebooks.py fast|slow [NAME...]`, or `readme`."
-import os, sys
+import os, re, sys
 from pathlib import Path
 
 import nbformat
@@ -35,6 +35,7 @@ def readme():
         cell.metadata.transient = dict(remove_source='echo:' in directives(cell))
         cell.source = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|'))
     text, resources = MarkdownExporter().from_notebook_node(nb, dict(output_files_dir='results/readme', unique_key='figure'))
+    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text)  # pages of the site are files in nbs/
     return '\n'.join(line.rstrip() for line in text.strip().splitlines())+'\n', resources['outputs']
 
 def write_readme():

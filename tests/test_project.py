@@ -23,7 +23,8 @@ def test_readme_is_the_index():
     text, figures = readme()
     assert (ROOT/'README.md').read_text()==text, 'run: make readme'
     for name, content in figures.items(): assert (ROOT/name).read_bytes()==content, 'run: make readme'
-    for link in re.findall(r'\]\(([^)#:]+)\)', text): assert (ROOT/link).exists() or (ROOT/'nbs'/link).exists(), link
+    links = re.findall(r'\]\(([^)#:]+)\)', text)
+    assert links and all((ROOT/link).exists() for link in links), links
 
 @every_notebook
 def test_outputs_are_fit_to_be_shown(path):
