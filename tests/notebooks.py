@@ -30,13 +30,17 @@ def execute(*names, slow):
 def readme():
     "README.md as text, and its figures by their path: the index without hidden cells and directives."
     nb = nbformat.read(ROOT/'nbs/index.ipynb', as_version=4)
+    nb.metadata.language_info = dict(name='python')
     nb.cells = [cell for cell in nb.cells if 'hide' not in directives(cell)]
+    alts = re.findall('^#\\| fig-alt: (.*)', '\n'.join(cell.source for cell in nb.cells), re.M)
     for cell in nb.cells:
         cell.metadata.transient = dict(remove_source='echo:' in directives(cell))
         cell.source = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|'))
     text, resources = MarkdownExporter().from_notebook_node(nb, dict(output_files_dir='results/readme', unique_key='figure'))
     text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text)  # pages of the site are files in nbs/
-    return '\n'.join(line.rstrip() for line in text.strip().splitlines())+'\n', resources['outputs']
+    for alt in alts: text = text.replace('![png]', f'![{alt}]', 1)
+    text = re.sub(r'\n{3,}', '\n\n', '\n'.join(line.rstrip() for line in text.strip().splitlines()))+'\n'
+    return text, resources['outputs']
 
 def write_readme():
     text, figures = readme()
