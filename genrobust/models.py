@@ -108,7 +108,7 @@ class Classifier(nn.Module):
         y:Tensor  # `[B]`
     ) -> Tensor:  # Scalar, nats
         "What training minimises: the cross-entropy."
-        return F.cross_entropy(self(x), y)
+        return F.cross_entropy(self(x), _check_labels(y, len(x), self.n_classes))
 
     def fixed(self, seed:int=0, n_samples:int|None=None) -> nn.Module:
         "A deterministic copy; a model without noise is its own."
@@ -138,6 +138,12 @@ def _check_batch(x, ndim=4):
     if x.ndim!=ndim or x.shape[-3:]!=(1,28,28) or not x.is_floating_point():
         raise ValueError(f"expected float images of shape [{'B,C,'[:ndim*2-6]}1,28,28], found {x.dtype} {list(x.shape)}")
     return x
+
+def _check_labels(y, n, n_classes):
+    "As int64; a `ValueError` unless there is one for each of `n` images, from 0 to `n_classes - 1`"
+    if y.is_floating_point() or y.shape!=(n,) or y.numel() and not 0<=int(y.min())<=int(y.max())<n_classes:
+        raise ValueError(f"expected {n} integer labels from 0 to {n_classes-1}, found {y.dtype} {list(y.shape)}" + (f" from {y.min()} to {y.max()}" if y.numel() else ""))
+    return y.long()
 
 def _seeded(seed, make):
     "Call `make()` with torch's random numbers seeded, and leave them as they were"
@@ -252,7 +258,7 @@ def elbo(self:BayesClassifier,
     y:Tensor  # `[B]`
 ) -> Tensor: # `[B]` nats
     "One-sample estimate of the evidence lower bound: on log p(x,y), or on log p(y|x) where p(x|.) is dropped."
-    terms = self._terms(_check_batch(x)[:,None], self.labels[y][:,None], self._draw(len(x), 1, 1))
+    terms = self._terms(_check_batch(x)[:,None], self.labels[_check_labels(y, len(x), self.n_classes)][:,None], self._draw(len(x), 1, 1))
     return _total(terms).flatten() + (0 if self.factors.x is None else LOG_NORMALISER)
 
 @patch
@@ -301,7 +307,7 @@ class OnNoise(nn.Module):
         super().__init__()
         if n_samples<1 or draws<1: raise ValueError(f"expected at least one sample and one draw, found {n_samples} and {draws}")
         self.clf, self.draws, self.n_classes, self.training = clf, draws, clf.n_classes, clf.training
-        rng = torch.Generator().manual_seed(seed)
+        rng = torch.Generator().manual_seed(int(seed))
         noise = torch.stack([torch.randn(clf.n_classes, clf.latent, generator=rng) for _ in range(n_samples)], 1)
         self.register_buffer('noise', noise.to(clf.labels), persistent=False)
     def forward(self, x:Tensor) -> Tensor: return _estimate(self.log_terms(x), self.draws)
@@ -375,7 +381,8 @@ def build(
     name:str, # 'cnn', or a factorisation such as 'gfz'
     **config # As for `CNN` or `BayesClassifier`
 ) -> Classifier: # Untrained
-    "A model by its name."
+    "A model by its name; a `ValueError` for an unknown one."
+    if not 0<=config.get('dropout', 0)<1: raise ValueError(f"expected dropout in [0, 1), found {config['dropout']}")
     return CNN(**config) if name.upper()=='CNN' else BayesClassifier(name, **config)
 
 def save_model(
@@ -451,7 +458,7 @@ def sample(self:BayesClassifier,
     "Images of a class: codes from p(z|.), kept in proportion to p(y|.) (sampling, importance resampling)."
     self._need_density()
     labels = torch.as_tensor(y, device=self.labels.device)
-    onehot = self.labels[labels.flatten()][None]
+    onehot = self.labels[_check_labels(labels.flatten(), labels.numel(), self.n_classes)][None]
     mean, log_sigma = self._prior(None, onehot)
     z = mean + log_sigma.exp()*self._draw(n if self.factors.y is None else n*candidates, labels.numel(), 1)
     x = self.decode(z, onehot).view(*z.shape[:2], 1, 28, 28)

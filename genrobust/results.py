@@ -115,8 +115,10 @@ def writable(
 ) -> Path: # The same
     "Make sure, before any work is done, that files can be written to a folder; an `OSError` if they cannot."
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryFile(dir=folder): return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder): return folder
+    except OSError as e: raise OSError(f"cannot write to the folder {folder}: {e.strerror}") from e
 
 def _write(path, content):
     "Text or bytes, whole or not at all"
@@ -146,8 +148,9 @@ def reproduce(
     if preset not in PRESETS and not isinstance(preset, Preset): raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     name, preset = (preset, PRESETS[preset]) if isinstance(preset, str) else ('custom', preset)
     if data not in ('fashion_mnist', 'synthetic'): raise ValueError(f"no weights for {data!r}; there are some for fashion_mnist, and synthetic trains its own")
-    device, folder = pick_device(device), writable(out or f'results/{name}')
+    device = pick_device(device)
     data, splits = load_or_synthetic(root, say) if data=='fashion_mnist' else (data, load(data))
+    folder = writable(out or f'results/{name}')
     test, accuracies, seconds, frames, results = splits.test, [], [], [], {}
     start = time.perf_counter()
     def tell(what): say(f'[{time.perf_counter()-start:4.0f} s] {what}')
@@ -155,7 +158,8 @@ def reproduce(
         if data!='synthetic': return load_pretrained(model, device)
         tell(f'{model.upper()}: training on synthetic images')
         return _stand_in(model, splits, device, progress)
-    for model, clf in {model: get(model) for model in models}.items():
+    clfs = {model: get(model) for model in models}
+    for model, clf in clfs.items():
         tell(f'{model.upper()}: classifying {preset.clean} images')
         accuracies.append(dict(model=model, **measure_accuracy(clf, Images(test.x[:preset.clean], test.y[:preset.clean]))))
         results[model] = {}

@@ -97,7 +97,7 @@ def fit(
     progress:bool=True # Show a bar
 ) -> list[dict]: # One entry an epoch: `epoch`, `train_bound`, `bound`, `accuracy`
     "Maximise the bound by Adam and keep the weights of the best validation bound; `ValueError` if the loss stops being a number."
-    if epochs<1 or batch_size<1 or not lr>0: raise ValueError(f"expected epochs >= 1, batch_size >= 1 and lr > 0, found {epochs}, {batch_size} and {lr}")
+    if epochs<1 or batch_size<1 or not 0<lr<math.inf: raise ValueError(f"expected epochs >= 1, batch_size >= 1 and a finite lr > 0, found {epochs}, {batch_size} and {lr}")
     if patience is not None and patience<1: raise ValueError(f"expected patience >= 1, found {patience}")
     for name, part in zip(('training images', 'validation images'), (train, valid)): check_images(*part, n_classes=model.n_classes, source=name)
     device, settings = pick_device(device), dict(lr=lr, batch_size=batch_size, seed=seed, adversary=_describe(adversary), data=_fingerprint(train, valid))
@@ -113,7 +113,8 @@ def fit(
             batches = torch.randperm(len(train.y)).to(device).split(batch_size)
             train_loss = _epoch(model, optimiser, train, progress_bar(batches, parent=bar) if progress else batches, adversary)
             history.append(dict(epoch=epoch, train_bound=-train_loss, **evaluate(model, valid)))
-        if not math.isfinite(train_loss): raise ValueError(f"training diverged in epoch {epoch}: the loss is {train_loss}; try a smaller lr than {lr}")
+        if not (math.isfinite(train_loss) and math.isfinite(history[-1]['bound'])):
+            raise ValueError(f"training diverged in epoch {epoch}: the loss is {train_loss}, the validation bound {history[-1]['bound']}; try a smaller lr than {lr}")
         if _best_epoch(history)==epoch: best = {k: v.clone() for k,v in model.state_dict().items()}
         if checkpoint: _save(checkpoint, model, optimiser, best, settings, history)
         if progress: bar.write('epoch {epoch}: bound {train_bound:.2f} (training), {bound:.2f} (validation); accuracy {accuracy:.3f}'.format(**history[-1]))

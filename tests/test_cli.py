@@ -13,7 +13,7 @@ def genrobust(*args, **kw):
     command = [sys.executable, '-c', 'import sys; from genrobust.cli import main; sys.exit(main())', *map(str, args)]
     return subprocess.Popen(command, env=dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
-def train(out, epochs, *args): return genrobust('train', 'gfz', '--data', 'synthetic', '--images', 1000, '--epochs', epochs, '--no-progress', '--out', out, *args)
+def train(out, epochs, *args): return genrobust('train', 'gfz', '--data', 'synthetic', '--images', 300, '--epochs', epochs, '--no-progress', '--out', out, *args)
 
 def test_a_killed_run_ends_in_the_same_weights(tmp_path):
     straight = train(tmp_path/'straight.safetensors', 3)

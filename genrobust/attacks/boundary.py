@@ -6,11 +6,14 @@
 __all__ = ['linear_step', 'deepfool', 'truncated_deepfool']
 
 # %% ../../nbs/05_deepfool.ipynb #05-003
+import math
+from numbers import Real
+
 import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, check_counts, require, run
+from .core import AttackResult, check_counts, check_range, require, run
 
 # %% ../../nbs/05_deepfool.ipynb #05-006
 def linear_step(
@@ -64,10 +67,11 @@ def _deepfool(problem, p, steps, overshoot, step):
     return x
 
 def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
-    require(p>1, f"p must be above 1 (inf included), found {p}")
+    require(isinstance(p, Real) and p>1, f"p must be a number above 1 (inf included), found {p!r}")
     check_counts(steps=steps)
-    require(overshoot>=0, f"overshoot must be at least 0, found {overshoot}")
-    require(0<step<=1, f"step must lie in (0, 1], found {step}")
+    check_range(0, math.inf, overshoot=overshoot)
+    check_range(0, 1, step=step)
+    require(step>0, "step must be above 0")
     settings = dict(attack=name, p=p, steps=steps, overshoot=overshoot, step=step)
     return run(lambda problem: _deepfool(problem, p, steps, overshoot, step), model, x, y, settings=settings, **kwargs)
 

@@ -6,11 +6,13 @@
 __all__ = ['fgsm', 'pgd', 'mim']
 
 # %% ../../nbs/04_fgsm.ipynb #04-003
+import math
+
 import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, Best, check_counts, log_odds, require, run
+from .core import AttackResult, Best, check_counts, check_range, log_odds, require, run
 
 # %% ../../nbs/04_fgsm.ipynb #04-006
 def _joint(logits, y): return logits.gather(1, y[:,None]).squeeze(1)
@@ -25,7 +27,7 @@ def _objective(problem, loss):
 
 def _check_loss(loss): require(loss in _scores, f"loss must be one of {', '.join(_scores)}, found {loss!r}")
 def _check_ball(eps, p):
-    require(eps>=0, f"eps must be at least 0, found {eps}")
+    check_range(0, math.inf, eps=eps)
     require(p in (2, torch.inf), f"p must be 2 or inf, found {p}")
 
 # %% ../../nbs/04_fgsm.ipynb #04-012
@@ -91,6 +93,7 @@ def _step_size(step_size, eps, steps, factor):
     "The one given, else chosen so that all steps together go `factor` times as far as `eps`"
     check_counts(steps=steps)
     if step_size is None: return factor*eps/steps
+    check_range(0, math.inf, step_size=step_size)
     require(step_size>0, f"step_size must be above 0, found {step_size}")
     return step_size
 
@@ -136,7 +139,7 @@ def mim(
     _check_ball(eps, p)
     _check_loss(loss)
     step_size = _step_size(step_size, eps, steps, 1)
-    require(decay>=0, f"decay must be at least 0, found {decay}")
+    check_range(0, math.inf, decay=decay)
     def direction(g, last): return decay*last + g/_flat(g, g.flatten(1).abs().sum(1).clamp_min(torch.finfo(g.dtype).tiny))
     def solve(problem): return _ascend(problem, eps, p, step_size, steps, 1, loss, direction, False)
     return run(solve, model, x, y, settings=dict(attack='mim', eps=eps, p=p, step_size=step_size, steps=steps, decay=decay, loss=loss), minimum_norm=False, **kwargs)
