@@ -131,7 +131,7 @@ def _write(path, content):
 def _stand_in(name, splits, device, progress):
     "A model trained for a minute"
     clf = build(name)
-    fit(clf, Images(*[v[:8000] for v in splits.train]), Images(*[v[:500] for v in splits.valid]), epochs=5, device=device, progress=progress)
+    fit(clf, Images(*[v[:8000] for v in splits.train]), Images(*[v[:200] for v in splits.valid]), epochs=5, device=device, progress=progress)
     return clf.requires_grad_(False)
 
 def reproduce(
