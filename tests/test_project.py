@@ -73,7 +73,7 @@ def test_the_site_is_processed_and_its_links_lead_somewhere():
 
 @pytest.mark.parametrize('name', MODULES)
 def test_public_functions_are_documented(name):
-    "A docstring for each, a comment for each parameter; and no module is hidden by a function of its name"
+    "A docstring for each; and no module is hidden by a function of its name"
     module = importlib.import_module(f'genrobust.{name}')
     assert inspect.ismodule(getattr(importlib.import_module('genrobust.'+name.rpartition('.')[0] if '.' in name else 'genrobust'), name.rpartition('.')[2]))
     for public in getattr(module, '__all__', []):
