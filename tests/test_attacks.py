@@ -7,12 +7,17 @@ import torch
 from torch import nn
 
 from genrobust import attacks
-from genrobust.attacks import AttackResult, deepfool, fgsm, jacobian, margin, mim, pgd, random_noise, rescore, truncated_deepfool
+from genrobust.attacks import (AttackResult, apgd, carlini_wagner, deepfool, fgsm, hop_skip_jump, jacobian, margin, mim, one_vs_all, pgd,
+                               random_noise, rescore, spsa, square, truncated_deepfool, zoo)
 from genrobust.models import CNN, BayesClassifier, load_pretrained
 
-ATTACKS = [random_noise, fgsm, pgd, mim, deepfool, truncated_deepfool]
-MINIMUM_NORM = [deepfool, truncated_deepfool]
-SMALL = {pgd: dict(steps=5, restarts=2), mim: dict(steps=5)}
+JACOBIANS = [deepfool, truncated_deepfool]
+QUERIES = [zoo, spsa, square, hop_skip_jump]
+MINIMUM_NORM = [*JACOBIANS, carlini_wagner, zoo, hop_skip_jump]
+ATTACKS = [random_noise, fgsm, pgd, mim, apgd, spsa, square, *MINIMUM_NORM]
+SMALL = {pgd: dict(steps=5, restarts=2), mim: dict(steps=5), apgd: dict(steps=5), carlini_wagner: dict(steps=20, binary_search_steps=3), zoo: dict(max_queries=7000, coordinates=450),
+         spsa: dict(steps=3, samples=4), square: dict(max_queries=20), hop_skip_jump: dict(max_queries=60, init_queries=10, samples=10)}
+FEW = {zoo: dict(max_queries=70, coordinates=10), carlini_wagner: dict(steps=5, binary_search_steps=2), deepfool: dict(steps=5), truncated_deepfool: dict(steps=10)}  # where the model is slow and need not be fooled
 
 every_attack = pytest.mark.parametrize('attack', ATTACKS, ids=lambda f: f.__name__)
 
@@ -48,8 +53,8 @@ def test_targeted(attack):
 @every_attack
 @pytest.mark.parametrize('make', [lambda: CNN().eval(), lambda: BayesClassifier('GFZ', n_samples=2).eval()], ids=['cnn', 'gfz'])
 def test_an_image_fares_the_same_in_any_batch(attack, make):
-    x = torch.rand(5, 1, 28, 28).double()  # in float64, so that only the batch could make a difference
-    together, apart = (attack_small(attack, make().double(), x, batch_size=size) for size in (None, 2))
+    x = torch.rand(3, 1, 28, 28).double()  # in float64, so that only the batch could make a difference
+    together, apart = (attack_small(attack, make().double(), x, batch_size=size, **FEW.get(attack, {})) for size in (None, 2))
     assert torch.allclose(together.x_adv, apart.x_adv, atol=1e-9)
     assert torch.equal(together.success, apart.success)
     assert (together.forwards-apart.forwards).abs().max()<=1  # the last bit may decide whether a step ends before or behind a boundary
@@ -60,8 +65,8 @@ def test_an_image_fares_the_same_in_any_batch(attack, make):
 def test_leaves_everything_as_it_was(attack, outside, stochastic):
     model, x = (BayesClassifier('GFZ', hidden=50, n_samples=2).eval(), torch.rand(2, 1, 28, 28)) if stochastic else elsewhere()
     bounds, before, weights, randomness = ((0, 1) if stochastic else (-1, 1)), x.clone(), [p.clone() for p in model.parameters()], torch.random.get_rng_state()
-    expected = attack_small(attack, model, x, bounds=bounds).x_adv
-    with outside(): result = attack_small(attack, model, x, bounds=bounds)
+    expected = attack_small(attack, model, x, bounds=bounds, **FEW.get(attack, {})).x_adv
+    with outside(): result = attack_small(attack, model, x, bounds=bounds, **FEW.get(attack, {}))
     assert torch.equal(result.x_adv, expected)
     assert torch.equal(x, before) and not x.requires_grad and not any(m.training for m in model.modules())
     assert all(torch.equal(p, w) and p.grad is None for p,w in zip(model.parameters(), weights))
@@ -81,7 +86,7 @@ def test_passes_are_counted_as_spent(attack):
     model = Counting().eval()
     result = attack_small(attack, model, elsewhere()[1], bounds=(-1, 1))
     assert result.forwards.sum()==model.forwards
-    classes = 5 if attack in MINIMUM_NORM else 1
+    classes = 5 if attack in JACOBIANS else 1
     assert result.backwards.sum()==model.backwards*classes
 
 @every_attack
@@ -116,7 +121,7 @@ def test_failure_returns_the_original(attack):
     class Deaf(nn.Module):
         def forward(self, x): return torch.stack([x.flatten(1).sum(1)*0+1, x.flatten(1).sum(1)*0], 1)
     x = torch.rand(4, 1, 8, 8)
-    result = attack(Deaf().eval(), x, steps=3)
+    result = attack_small(attack, Deaf().eval(), x)
     assert not result.success.any() and torch.equal(result.x_adv, x) and math.isnan(result.summary()['l2'])
 
 def test_the_last_update_is_checked():
@@ -170,7 +175,7 @@ def test_what_is_not_a_number_is_no_success(attack):
     class Steep(nn.Module):
         def forward(self, x): return model(x) + (x[:,:1,:1,:1]-x[:,:1,:1,:1]).flatten(1).abs().sqrt()
     class Cliff(nn.Module):
-        def forward(self, z): return torch.where(torch.isin(z.flatten(1)[:,7:8], x.flatten(1)[:,7]), model(z), torch.nan)
+        def forward(self, z): return torch.where((z[:,None]==x).flatten(2).all(2).any(1, keepdim=True), model(z), torch.nan)
     steep = attack_small(attack, Steep().eval(), x, bounds=(-1, 1))
     assert steep.x_adv.isfinite().all() and torch.equal(steep.success, model(steep.x_adv).argmax(1)!=steep.y)
     assert not attack_small(attack, Cliff().eval(), x, bounds=(-1, 1)).success.any()
@@ -228,3 +233,83 @@ def test_jacobian_works_on_shipped_weights_that_want_no_gradient():
     with torch.no_grad(), torch.enable_grad(): logits, J = jacobian(clf, torch.rand(2, 1, 28, 28))
     assert J.shape==(2, 10, 1, 28, 28) and J.abs().sum()>0
     assert torch.equal(margin(logits, logits.argmax(1))>=0, torch.tensor([True, True]))
+
+@pytest.mark.parametrize('p', [2, torch.inf])
+@pytest.mark.parametrize('loss', ['ce', 'joint', 'dlr'])
+@pytest.mark.parametrize('aimed', [False, True], ids=['untargeted', 'targeted'])
+def test_apgd_in_ball_and_box_with_every_loss(p, loss, aimed):
+    model, x = elsewhere()
+    target = (model(x).argmax(1)+1)%5 if aimed else None
+    result = apgd(model, x, eps=.4, p=p, loss=loss, steps=9, restarts=2, target=target, bounds=(-1, 1))
+    assert (result.perturbation.flatten(1).norm(p, dim=1)<=.4*(1+1e-5)).all() and result.x_adv.abs().max()<=1
+    assert torch.equal(result.success, result.fooled(model(result.x_adv).argmax(1)))
+
+def test_apgd_spends_one_gradient_a_step_and_restarts_only_what_is_not_fooled():
+    model, x = elsewhere()
+    result = apgd(model, x, eps=.03, steps=7, restarts=3, bounds=(-1, 1))
+    once = apgd(model, x, eps=.03, steps=7, bounds=(-1, 1)).success
+    assert once.any() and not once.all()
+    assert (result.backwards[once]==7).all() and (result.forwards[once]==7+3).all()  # the last point, and those before and after the attack
+    never = ~result.success
+    assert (result.backwards[never]==21).all() and (result.forwards[never]==21+5).all()
+
+def test_apgd_closes_in_on_a_narrow_peak():
+    "The margin is lowest at one point of the ball; steps of a fixed size jump over it"
+    class Valley(nn.Module):
+        def forward(self, x): return torch.stack([1+(x.flatten(1)-.537).abs().sum(1), x.flatten(1).sum(1)*0], 1)
+    x = torch.full((1, 1, 4, 4), .5)
+    off = [(attack(Valley().eval(), x, eps=.1, steps=60, **kw).x_adv-.537).abs().max() for attack,kw in ((apgd, {}), (pgd, dict(step_size=.2)))]
+    assert off[0]<.002<.02<off[1]
+
+def test_dlr_needs_classes_enough():
+    x = torch.rand(3, 8)
+    for loss_of, n in ((dict(loss='dlr'), 2), (dict(loss='dlr', target=2), 3)):
+        few, enough = (nn.Linear(8, classes).eval() for classes in (n, n+1))
+        y = dict(y=torch.zeros(3).long())
+        for model in (few, enough): model.bias.data[0] = 5.  # every image is of class 0
+        for attack in (fgsm, apgd):
+            with pytest.raises(ValueError, match=f"'dlr' needs at least {n+1} classes.*has {n}"): attack(few, x, **y, **loss_of)
+            attack(enough, x, **y, **loss_of)
+
+def test_one_against_all_is_the_smallest_of_the_targeted():
+    model, x = elsewhere()
+    result = one_vs_all(deepfool, model, x, bounds=(-1, 1), seed=3, p=1.5)
+    y, norms, images = model(x).argmax(1), torch.full((7, 5), torch.inf), torch.zeros(7, 5, 3, 20, 30)
+    for c in range(5):
+        i = (y!=c).nonzero().squeeze(1)
+        one = deepfool(model, x[i], y[i], target=c, bounds=(-1, 1), p=1.5)
+        norms[i,c], images[i,c] = one.perturbation.flatten(1).norm(1.5, dim=1).where(one.success, torch.inf), one.x_adv
+    assert torch.equal(result.y_adv, norms.argmin(1)) and torch.allclose(result.x_adv, images[range(7),norms.argmin(1)], atol=1e-6)
+    assert result.success.all() and result.target is None and torch.equal(result.y, y)
+    assert result.settings==dict(deepfool(model, x, bounds=(-1, 1), seed=3, p=1.5).settings, attack='one_vs_all(deepfool)')
+
+def test_one_against_all_counts_what_it_spends_and_is_the_same_in_any_batch():
+    class Counting(nn.Module):
+        def __init__(self): super().__init__(); self.inner, self.seen = elsewhere()[0].double(), 0
+        def forward(self, x):
+            self.seen += len(x)
+            return self.inner(x)
+    model, x = Counting().eval(), elsewhere()[1].double()
+    y = torch.where(torch.arange(7)<2, (model.inner(x).argmax(1)+1)%5, model.inner(x).argmax(1))
+    together = one_vs_all(apgd, model, x, y, bounds=(-1, 1), steps=4)
+    assert together.forwards.sum()==model.seen and (together.backwards[2:]==4*4).all()
+    assert together.initially_wrong.tolist()==[True]*2+[False]*5 and torch.equal(together.x_adv[:2], x[:2]) and not together.backwards[:2].any()
+    apart = one_vs_all(apgd, model, x, y, bounds=(-1, 1), steps=4, batch_size=2)
+    assert torch.allclose(together.x_adv, apart.x_adv, atol=1e-9) and torch.equal(together.forwards, apart.forwards)
+
+def test_one_against_all_on_noise_of_the_attackers_own():
+    clf, x = BayesClassifier('GFZ', hidden=50, n_samples=2).eval(), torch.rand(2, 1, 28, 28)
+    result, still = one_vs_all(pgd, clf, x, seed=4, steps=2), clf.fixed(4)
+    assert result.success.any() and result.settings['noise_seed']==4 and torch.equal(result.y, still(x).argmax(1))
+    assert torch.equal(result.success, still(result.x_adv).argmax(1)!=result.y) and torch.equal(result.y_adv, still(result.x_adv).argmax(1))
+    assert torch.allclose(result.x_adv, one_vs_all(pgd, still, x, seed=4, steps=2).x_adv)
+
+def test_one_against_all_fails_like_any_minimum_norm_attack_and_refuses_nonsense():
+    model, x = elsewhere()
+    none = one_vs_all(pgd, model, x, bounds=(-1, 1), eps=1e-4, steps=2)
+    assert not none.success.any() and torch.equal(none.x_adv, x) and torch.equal(none.y_adv, none.y)
+    wrong = one_vs_all(pgd, model, x, (none.y+1)%5, bounds=(-1, 1), eps=1e-4, steps=2)
+    assert wrong.initially_wrong.all() and torch.equal(wrong.x_adv, x) and wrong.settings==none.settings
+    for kw, match in [(dict(target=1), 'leave target out'), (dict(steps=0), 'steps'), (dict(bounds=(0, 1)), 'within bounds'), (dict(attack='pgd'), 'attack must be'), (dict(y=[9]*7), 'y must lie')]:
+        with pytest.raises(ValueError, match=match): one_vs_all(**{**dict(attack=pgd, model=model, x=x, bounds=(-1, 1)), **kw})
+    with pytest.raises(TypeError): one_vs_all(pgd, model, x, bounds=(-1, 1), epsilon=1)

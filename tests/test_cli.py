@@ -1,11 +1,14 @@
 "The command, as a user runs it."
-import os, signal, subprocess, sys, time
+import inspect, os, signal, subprocess, sys, time
 
+import pandas as pd
 import pytest
 import torch
+from fastcore.docments import docments
 
-from genrobust import data, results
-from genrobust.models import BayesClassifier, load_tensors
+from genrobust import attacks, cli, data, results
+from genrobust.attacks import AttackResult
+from genrobust.models import CNN, BayesClassifier, load_tensors, save_model
 from genrobust.results import Preset, reproduce
 
 def genrobust(*args, **kw):
@@ -33,7 +36,7 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path):
         assert a[1]==b[1] and a[0].keys()==b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
 
 @pytest.mark.parametrize('args, message', [
-    (['train', 'gfx'], 'no factorisation'), (['reproduce', '--preset', 'huge'], 'invalid choice'), (['attack'], 'invalid choice'), (['reproduce', '--data', 'mnist'], 'no weights'),
+    (['train', 'gfx'], 'no factorisation'), (['reproduce', '--preset', 'huge'], 'invalid choice'), (['attack'], 'required'), (['attack', 'fgsm', '--model', 'gfz', '--out', 'new/x.safetensors', '--eps', '-1'], 'eps must be'), (['reproduce', '--data', 'mnist'], 'no weights'),
     (['train', 'gfz', '--data', 'imagenet'], 'no data set'), (['train', 'gfz', '--images', '0'], 'at least 1'), (['reproduce', '--device', 'meta'], 'cannot be used'), (['reproduce', '--out', '/dev/null/results'], 'Not a directory'), (['train', 'cnn', '--lr', '-1', '--data', 'synthetic'], 'lr > 0')])
 def test_bad_input_is_one_line_and_status_2(args, message, tmp_path):
     process = genrobust(*args, cwd=tmp_path)
@@ -59,3 +62,63 @@ def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, mon
     assert sorted(p.name for p in folder.iterdir())==['accuracy.csv', 'examples.png', 'images.csv', 'seconds.csv', 'settings.json', 'tables.md']
     titles = [line for line in (folder/'tables.md').read_text().splitlines() if line.startswith('**')]
     assert len(titles)==4 and all('synthetic' in title for title in titles)
+
+ATTACKS = [f for f in vars(attacks).values() if inspect.isfunction(f) and list(inspect.signature(f).parameters)[:3]==['model', 'x', 'y']]
+
+@pytest.mark.parametrize('attack', ATTACKS, ids=lambda f: f.__name__)
+def test_every_attack_is_on_the_command_line_with_all_its_parameters(attack, capsys):
+    parameters = dict(list(inspect.signature(attack).parameters.items())[3:])
+    given = cli._given(cli._parser().parse_args(['attack', attack.__name__, '--model', 'gfz', '--out', 'x.safetensors', '--no-progress']), attack)
+    assert given=={k: parameters[k].default for k in given}
+    assert all(k in ('bounds', 'allow_training') or parameters[k].annotation in (torch.Tensor, torch.Tensor|None) for k in parameters if k not in given)
+    with pytest.raises(SystemExit): cli.main(['attack', attack.__name__, '--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert ' '.join(attack.__doc__.split()) in text
+    for name in given:
+        if name!='progress': assert ' '.join(docments(attack)[name].split()) in text, name
+
+@pytest.fixture
+def small(tmp_path, drawn, monkeypatch):
+    "Attacks on drawn images and small models: `small(name, *options)` gives the result and its table"
+    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
+    def attack(name, model, *args):
+        save_model(model, tmp_path/'model.safetensors')
+        command = ['attack', name, '--model', tmp_path/'model.safetensors', '--data', 'synthetic', '--out', tmp_path/'new'/'a.safetensors', '--device', 'cpu', '--no-progress', *args]
+        assert cli.main([str(arg) for arg in command])==0
+        assert sorted(p.name for p in (tmp_path/'new').iterdir())==['a.csv', 'a.safetensors']
+        return AttackResult.load(tmp_path/'new'/'a.safetensors'), pd.read_csv(tmp_path/'new'/'a.csv')
+    return attack
+
+def test_an_attack_is_that_of_the_library(small, drawn, capsys):
+    model = BayesClassifier('GFZ', hidden=50, n_samples=2).eval()
+    result, frame = small('pgd', model, '--images', 60, '--steps', 3, '--p', 'inf', '--eps', '.02', '--no-random-start', '--seed', 7, '--draws', 4, '--batch-size', 16)
+    expected = attacks.pgd(cli.load_pretrained(result.settings['model'], 'cpu'), drawn.test.x[:60], drawn.test.y[:60], steps=3, eps=.02, random_start=False, seed=7, batch_size=16)
+    assert torch.equal(result.x_adv, expected.x_adv) and expected.settings.items() <= result.settings.items()
+    assert torch.equal(torch.tensor(frame.success), expected.success) and frame.image.tolist()==list(range(60))
+    attacked = frame[~frame.initially_wrong]
+    assert attacked.share.isin([0, .25, .5, .75, 1]).all() and frame[frame.initially_wrong].share.isna().all() and (frame.worst | ~frame.majority).all()
+    out = capsys.readouterr().out
+    for text in ('a dry run', f'{len(attacked)} of 60 images', f'{attacked.success.mean():.1%} [', f'{attacked.share.mean():.1%} [', 'mean of 4 draws', 'a.safetensors, '): assert text in out, (text, out)
+
+def test_images_of_the_target_are_left_out_and_no_noise_needs_no_draws(small, drawn):
+    result, frame = small('fgsm', CNN().eval(), '--images', 30, '--target', 3)
+    assert frame.image.tolist()==(drawn.test.y[:30]!=3).nonzero().flatten().tolist()
+    assert (result.target==3).all() and 'share' not in frame and 'target' in frame
+
+def test_no_image_left_is_an_error(small, drawn, tmp_path, capsys):
+    assert cli.main(['attack', 'fgsm', '--model', 'gfz', '--images', '1', '--target', str(drawn.test.y[0].item()), '--out', str(tmp_path/'a.safetensors')])==2
+    assert 'no image is left' in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+def test_nothing_to_attack_is_no_error(small, drawn, capsys):
+    wrong = CNN().eval()
+    with torch.no_grad(): list(wrong.parameters())[-1].copy_(1e4*torch.eye(10)[(drawn.test.y[0]+1)%10])
+    assert small('deepfool', wrong, '--images', 1)[1].initially_wrong.all()
+    assert 'attacked        0 of 1' in capsys.readouterr().out
+
+def test_an_interrupted_attack_writes_nothing(tmp_path):
+    default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = genrobust('attack', 'deepfool', '--model', 'gfz', '--data', 'synthetic', '--images', 1000, '--batch-size', 2, '--device', 'cpu', '--out', tmp_path/'a.safetensors', preexec_fn=default)
+    assert 'deepfool on GFZ' in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1]=='genrobust: interrupted\n' and process.returncode==130
+    assert not list(tmp_path.iterdir())

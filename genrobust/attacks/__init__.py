@@ -2,3 +2,5 @@
 from .core import *
 from .gradient import *
 from .boundary import *
+from .penalty import *
+from .query import *

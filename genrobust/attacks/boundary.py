@@ -13,7 +13,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, check_counts, check_range, require, run
+from .core import AttackResult, check_counts, check_range, require, resolution, run
 
 # %% ../../nbs/05_deepfool.ipynb #05-006
 def linear_step(
@@ -34,10 +34,6 @@ def linear_step(
     return (length[:,None]*u.abs().pow(q-1)*u.sign()).view_as(w[:,0])
 
 # %% ../../nbs/05_deepfool.ipynb #05-010
-def _resolution(logits):
-    "What rounding may add to a difference of logits, or take from it `[b]`"
-    return 8*torch.finfo(logits.dtype).eps*logits.abs().amax(1)
-
 def _boundaries(problem, logits, J, i):
     "For every class how far its logit lies below the present one `[b,C]`, inf for a class that is no goal, and the gradient that closes the gap `[b,C,...]`"
     rows = torch.arange(len(i), device=i.device)
@@ -47,7 +43,7 @@ def _boundaries(problem, logits, J, i):
     else:
         here = logits.argmax(1)
         goals = torch.zeros_like(logits, dtype=torch.bool).scatter(1, problem.target[i,None], True)
-    gap = (logits[rows,here,None] - logits).abs() + 2*_resolution(logits)[:,None]
+    gap = (logits[rows,here,None] - logits).abs() + 2*resolution(logits)[:,None]
     return gap.masked_fill(~goals, torch.inf), J - J[rows,here,None]
 
 # %% ../../nbs/05_deepfool.ipynb #05-012
@@ -57,7 +53,7 @@ def _deepfool(problem, p, steps, overshoot, step):
     i, x, total = problem.all, problem.x.clone(), torch.zeros_like(problem.x)
     for _ in range(steps):
         logits, J = problem.jacobian(x[i], i)
-        going = problem.margin(logits, i) > -_resolution(logits)
+        going = ~problem.crossed(logits, i)
         i = i[going]
         if not len(i): break
         estimate = linear_step(*_boundaries(problem, logits[going], J[going], i), p)
@@ -83,9 +79,9 @@ def deepfool(
     y:Tensor|None=None, # Labels `[N]`; default: the model's predictions
     *,
     p:float=2, # Norm to keep small, in (1, inf]
-    steps:int=50, # Largest number of steps
-    overshoot:float=.02, # Share added to the sum of the steps
-    step:float=1., # Share of each linear estimate that is walked
+    steps:int=50, # Largest number of steps, 1 or more
+    overshoot:float=.02, # Share added to the sum of the steps, 0 or more
+    step:float=1., # Share of each linear estimate that is walked, in (0, 1]
     **kwargs
 ) -> AttackResult: # `x_adv` just beyond the boundary, or `x` where that failed
     "DeepFool (Moosavi-Dezfooli, Fawzi and Frossard, 2016, algorithm 2)."
@@ -98,9 +94,9 @@ def truncated_deepfool(
     y:Tensor|None=None, # Labels `[N]`; default: the model's predictions
     *,
     p:float=2, # Norm to keep small, in (1, inf]
-    steps:int=100, # Largest number of steps
-    overshoot:float=.02, # Share added to the sum of the steps
-    step:float=.2, # Share of each linear estimate that is walked
+    steps:int=100, # Largest number of steps, 1 or more
+    overshoot:float=.02, # Share added to the sum of the steps, 0 or more
+    step:float=.2, # Share of each linear estimate that is walked, in (0, 1]
     **kwargs
 ) -> AttackResult: # `x_adv` just beyond the boundary, or `x` where that failed
     "DeepFool in small steps: every one is cut to a fraction of the linear estimate (the report, section III.3)."
