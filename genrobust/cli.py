@@ -17,7 +17,7 @@ import torch
 from fastcore.docments import docments
 
 from . import attacks
-from .attacks import rescore
+from .attacks import one_vs_all, rescore
 from .data import Images, load
 from .models import CNN, accuracy, build, load_pretrained, pretrained_names, save_model
 from .results import PRESETS, _write, reproduce, tables, wilson, writable
@@ -92,6 +92,9 @@ def _summary(result, frame, draws):
 
 def _attack(attack, args):
     given, (out, csv) = _given(args, attack), _files(args.out, '.csv')
+    if args.one_vs_all:
+        if given.pop('target') is not None: raise ValueError("--one-vs-all aims at every class in turn: leave --target out")
+        attack = partial(one_vs_all, attack)
     _check(attack, given)
     clf, test = load_pretrained(args.model, args.device), load(args.data, args.root).test
     if args.images>len(test.y): raise ValueError(f"--images must be at most {len(test.y)}, the size of the test set, not {args.images}")
@@ -99,7 +102,7 @@ def _attack(attack, args):
     n = torch.arange(len(y))[y != (-1 if args.target is None else args.target)]
     if not len(n): raise ValueError(f"no image is left to attack: all of the first {len(y)} are of class {args.target}")
     writable(out.parent)
-    print(f"{attack.__name__} on {clf.name}: the first {len(y)} test images of {args.data}" + f', less {len(y)-len(n)} of class {args.target}'*(args.target is not None)
+    print(f"{args.attack} on {clf.name}: the first {len(y)} test images of {args.data}" + f', less {len(y)-len(n)} of class {args.target}'*(args.target is not None)
           + ' (drawn by a program: a dry run)'*(args.data=='synthetic'), flush=True)
     start = time.perf_counter()
     result = attack(clf, x[n], y[n], **given)
@@ -119,7 +122,8 @@ def _count(text, low=1):
     return int(text)
 
 class _Parser(argparse.ArgumentParser):
-    "Raises a `ValueError` where argparse would print its usage and leave"
+    "Takes no abbreviations, and raises a `ValueError` where argparse would print its usage and leave"
+    def __init__(self, *args, **kw): super().__init__(*args, allow_abbrev=False, **kw)
     def error(self, message): raise ValueError(f'{message} (see {self.prog} --help)')
 
 def _parser():
@@ -143,12 +147,13 @@ def _parser():
     for name, f in _attacks().items():
         text = f.__doc__.replace('%', '%%')
         attack = kinds.add_parser(name, parents=[common], help=text, description=text)
-        attack.set_defaults(run=partial(_attack, f))
+        attack.set_defaults(run=partial(_attack, f), attack=name)
         attack.add_argument('--model', required=True, help=f"{', '.join(pretrained_names())}, or the path of a .safetensors file")
         attack.add_argument('--out', required=True, metavar='FILE', help='.safetensors file for the result; a .csv file with a row for each image lies beside it')
         attack.add_argument('--images', type=_count, default=100, metavar='N', help='attack the first so many images of the test set (default: %(default)s)')
         attack.add_argument('--draws', type=partial(_count, low=0), default=20, metavar='N',
                             help='times that each image is classified again on fresh noise, where the model is random; 0 to skip (default: %(default)s)')
+        attack.add_argument('--one-vs-all', action='store_true', help='aim at every class in turn, and keep the smallest change that succeeds')
         _options(attack.add_argument_group(f'parameters of {name}'), f, without=('allow_training', 'progress'))
 
     redo = commands.add_parser('reproduce', parents=[common], help="the report's tables beside ours")

@@ -313,3 +313,53 @@ def test_one_against_all_fails_like_any_minimum_norm_attack_and_refuses_nonsense
     for kw, match in [(dict(target=1), 'leave target out'), (dict(steps=0), 'steps'), (dict(bounds=(0, 1)), 'within bounds'), (dict(attack='pgd'), 'attack must be'), (dict(y=[9]*7), 'y must lie')]:
         with pytest.raises(ValueError, match=match): one_vs_all(**{**dict(attack=pgd, model=model, x=x, bounds=(-1, 1)), **kw})
     with pytest.raises(TypeError): one_vs_all(pgd, model, x, bounds=(-1, 1), epsilon=1)
+
+@pytest.mark.parametrize('attack', QUERIES, ids=lambda f: f.__name__)
+def test_a_service_without_gradients_is_attacked_the_same(attack):
+    model, x = elsewhere()
+    class Service(nn.Module):
+        @torch.no_grad()
+        def forward(self, x): return model(x)
+    expected = attack_small(attack, model, x, bounds=(-1, 1))
+    for p in model.parameters(): p.requires_grad_(False)
+    result = attack_small(attack, Service().eval(), x, bounds=(-1, 1))
+    assert torch.equal(result.x_adv, expected.x_adv) and torch.equal(result.forwards, expected.forwards) and not result.backwards.any()
+    assert expected.success.any() or attack is square
+
+@every_attack
+def test_memory_layout_of_the_images_makes_no_difference(attack):
+    model, x = elsewhere()
+    expected = attack_small(attack, model, x, bounds=(-1, 1))
+    for same in (x.contiguous(memory_format=torch.channels_last), x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+        assert torch.equal(same, x) and not same.is_contiguous()
+        assert torch.equal(attack_small(attack, model, same, bounds=(-1, 1)).x_adv, expected.x_adv)
+
+@every_attack
+def test_logits_of_another_precision(attack):
+    model, x = elsewhere()
+    class Precise(nn.Module):
+        def forward(self, x): return model(x).double().log_softmax(1)
+    result = attack_small(attack, Precise().eval(), x, bounds=(-1, 1))
+    assert result.x_adv.dtype==torch.float and torch.equal(result.success, model(result.x_adv).argmax(1)!=result.y)
+    if attack in MINIMUM_NORM: assert result.success.all()
+
+@pytest.mark.parametrize('attack', [carlini_wagner, zoo], ids=lambda f: f.__name__)
+def test_all_logits_tied_is_no_dead_end(attack):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False)).eval()
+    assert attack(model, torch.zeros(3, 1, 4, 4)).success.all()
+
+def test_zoo_asks_again_and_wants_a_margin_where_answers_are_noisy():
+    "On a noisy linear model one lucky answer is no success; with answers averaged and a margin asked for, it is one"
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval(), torch.rand(20, 1, 8, 8)*.2+.4
+    y = model(x).argmax(1)
+    class Noisy(nn.Module):
+        def forward(self, x): return model(x)+.05*torch.randn(len(x), 2)
+    def across(**kw):
+        "Share of the attacked images counted as successes, and share of these that are"
+        result = zoo(Noisy().eval(), x, y, h=.1, coordinates=16, **kw)
+        assert result.forwards.max() <= 20_002
+        return result.summary()['success_rate'], (model(result.x_adv).argmax(1)!=y)[result.success].double().mean()
+    rate, real = across(repeats=10, kappa=.1)
+    assert rate>=.7 and real>=.95 and across()[1]<.9

@@ -105,6 +105,10 @@ def test_images_of_the_target_are_left_out_and_no_noise_needs_no_draws(small, dr
     assert frame.image.tolist()==(drawn.test.y[:30]!=3).nonzero().flatten().tolist()
     assert (result.target==3).all() and 'share' not in frame and 'target' in frame
 
+def test_every_class_in_turn(small, drawn):
+    result, _ = small('fgsm', CNN().eval(), '--images', 8, '--one-vs-all')
+    assert result.settings['attack']=='one_vs_all(fgsm)' and result.target is None
+
 def test_no_image_left_is_an_error(small, drawn, tmp_path, capsys):
     assert cli.main(['attack', 'fgsm', '--model', 'gfz', '--images', '1', '--target', str(drawn.test.y[0].item()), '--out', str(tmp_path/'a.safetensors')])==2
     assert 'no image is left' in capsys.readouterr().err and not list(tmp_path.iterdir())

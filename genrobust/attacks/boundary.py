@@ -13,7 +13,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, check_counts, check_range, require, resolution, run
+from .core import AttackResult, check_counts, check_positive, check_range, require, resolution, run
 
 # %% ../../nbs/05_deepfool.ipynb #05-006
 def linear_step(
@@ -66,8 +66,8 @@ def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
     require(isinstance(p, Real) and p>1, f"p must be a number above 1 (inf included), found {p!r}")
     check_counts(steps=steps)
     check_range(0, math.inf, overshoot=overshoot)
+    check_positive(step=step)
     check_range(0, 1, step=step)
-    require(step>0, "step must be above 0")
     settings = dict(attack=name, p=p, steps=steps, overshoot=overshoot, step=step)
     return run(lambda problem: _deepfool(problem, p, steps, overshoot, step), model, x, y, settings=settings, **kwargs)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['margin', 'log_odds', 'resolution', 'require', 'jacobian', 'AttackResult', 'Problem', 'Best', 'Nearest',
-           'check_counts', 'check_range', 'run', 'Rescored', 'rescore', 'random_noise', 'one_vs_all']
+           'check_counts', 'check_range', 'check_positive', 'run', 'Rescored', 'rescore', 'random_noise', 'one_vs_all']
 
 # %% ../../nbs/03_attacks.ipynb #03-003
 import hashlib, json, math, os
@@ -44,7 +44,8 @@ def resolution(
     logits:Tensor # `[B,C]`
 ) -> Tensor: # `[B]`
     "What rounding may add to a difference of logits, or take from it: eight units in the last place of the largest."
-    return 8*torch.finfo(logits.dtype).eps*logits.abs().amax(1)
+    kind = torch.finfo(logits.dtype)
+    return 8*kind.eps*logits.abs().amax(1).clamp_min(kind.tiny**.5)  # never 0, not even where all logits are
 
 # %% ../../nbs/03_attacks.ipynb #03-009
 def require(ok:bool, message:str) -> None:
@@ -192,7 +193,8 @@ class Problem:
 
     def margin(self, logits:Tensor, i:Tensor) -> Tensor:
         "What the attacker lowers, `[len(i)]`: below zero is won, whether aimed at a class or away from one."
-        return margin(logits, self.y[i]) if self.target is None else -margin(logits, self.target[i])
+        m = margin(logits, self.y[i]) if self.target is None else -margin(logits, self.target[i])
+        return m.to(self.x.dtype)
 
     def fooled(self, logits:Tensor, i:Tensor) -> Tensor:
         "Bool `[len(i)]`; logits that are not numbers fool nobody."
@@ -203,6 +205,10 @@ class Problem:
     def crossed(self, logits:Tensor, i:Tensor, kappa:float=0) -> Tensor:
         "Bool `[len(i)]`: `kappa` beyond the boundary, by more than rounding could make of it."
         return self.margin(logits, i) < -kappa-resolution(logits)
+
+    def gap(self, logits:Tensor, i:Tensor, kappa:float=0) -> Tensor:
+        "How far the margin has to fall to be safely `kappa` beyond the boundary, `[len(i)]`."
+        return self.margin(logits, i) + kappa + 2*resolution(logits).to(self.x.dtype)
 
     @torch.no_grad()
     def logits(self, x:Tensor, i:Tensor) -> Tensor:
@@ -277,6 +283,11 @@ def check_range(low, high, **numbers) -> None:
         try: ok = math.isfinite(value) and low<=value<=high
         except TypeError: ok = False
         require(ok, f"{name} must be a finite number from {low:g} to {high:g}, found {value!r}")
+
+def check_positive(**numbers) -> None:
+    "Raise a `ValueError` unless each is a finite number above 0."
+    check_range(0, math.inf, **numbers)
+    for name, value in numbers.items(): require(value>0, f"{name} must be above 0, found {value}")
 
 def _box(bounds):
     try: low, high = (float(b) for b in bounds)
@@ -380,7 +391,7 @@ def run(
         if hasattr(model, 'fixed') and (fixed := model.fixed(seed)) is not model: model, settings = fixed, dict(settings, noise_seed=seed)
         device = _device(model, x)
         for n in progress_bar(batches) if progress else batches:
-            args = [None if v is None else v[n.to(v.device)].detach().clone().to(device) for v in (x, y, target)]
+            args = [None if v is None else v[n.to(v.device)].detach().clone(memory_format=torch.contiguous_format).to(device) for v in (x, y, target)]
             part = _attack_batch(solve, minimum_norm, model, *args, bounds, seed, n)
             parts.append({k: v.to(x.device) for k,v in part.items()})
     return AttackResult(**{k: torch.cat([part[k] for part in parts]) for k in parts[0]}, settings=settings)

@@ -70,9 +70,9 @@ def fgsm(
 
 # %% ../../nbs/04_fgsm.ipynb #04-018
 def _ball_start(problem, i, eps, p):
-    "A random point of the ball around each image, uniform in direction and, for p = inf, in place"
+    "A random point, uniform in the ball around each image"
     if p==torch.inf: delta = problem.random(torch.rand, i)*2-1
-    else: delta = _unit(problem.random(torch.randn, i), 2)*_flat(problem.x, problem.random(lambda _, generator: torch.rand((), generator=generator), i))
+    else: delta = _unit(problem.random(torch.randn, i), 2)*_flat(problem.x, problem.random(lambda shape, generator: torch.rand((), generator=generator)**(1/shape.numel()), i))
     return problem.clip(problem.x[i] + eps*delta)
 
 def _confine(problem, x, i, eps, p):

@@ -14,9 +14,9 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import AttackResult, Best, Nearest, _box, check_counts, check_range, require, resolution, run
+from .core import AttackResult, Best, Nearest, _box, check_counts, check_positive, check_range, require, run
 from .gradient import _check_ball, _confine, _flat, _unit
-from .penalty import Adam, check_penalty, minimise, scale
+from .penalty import Adam, check_penalty, linear_scale, minimise
 
 # %% ../../nbs/07_zoo.ipynb #07-012
 def _each(judge, logits, i):
@@ -32,30 +32,32 @@ def _order(problem, x, i, visits, importance):
     return (weight.log() - (-u.log()).log()).argsort(1, descending=True)  # largest of log-weight plus Gumbel noise: drawn without replacement
 
 def _differences(problem, coordinates, h, importance, repeats):
-    "A gradient for `minimise`: symmetric differences in a few coordinates, two queries each, and one for the logits"
+    "`gradient` and `look` for `minimise`: symmetric differences in a few coordinates, two queries each, and one for the logits"
     visits = torch.zeros_like(problem.x.flatten(1))
+    def ask(points, i): return sum(problem.ask(points, i) for _ in range(repeats))/repeats
+    def look(x, i): return ask(x[:,None], i)[:,0]
+    def slopes(f, x, i, j):
+        centre = x[i].flatten(1)
+        ends = problem.clip(torch.stack([centre.gather(1, j)+h, centre.gather(1, j)-h], 1))
+        points = centre[:,None].repeat(1, 2*j.shape[1], 1).scatter(2, j.repeat(1, 2)[...,None], ends.flatten(1)[...,None])
+        up, down = _each(f, ask(points.unflatten(2, x.shape[1:]), i), i).chunk(2, 1)
+        return (up-down)/(ends[:,0]-ends[:,1])
     def gradient(f, x, i):
         j = _order(problem, x, i, visits, importance)[:,:coordinates]
         visits[i[:,None],j] += 1
-        centre = x[i].flatten(1)
-        ends = problem.clip(torch.stack([centre.gather(1, j)+h, centre.gather(1, j)-h], 1))
-        points = centre[:,None].repeat(1, 2*j.shape[1]+1, 1)
-        points[:,1:].scatter_(2, j.repeat(1, 2)[...,None], ends.flatten(1)[...,None])
-        logits = sum(problem.ask(points.unflatten(2, x.shape[1:]), i) for _ in range(repeats))/repeats
-        up, down = _each(f, logits, i)[:,1:].chunk(2, 1)
-        return logits[:,0], (up-down)/(ends[:,0]-ends[:,1]), (i[:,None], j)
-    return gradient
+        return look(x[i], i), torch.cat([slopes(f, x, i, part) for part in j.split(32, 1)], 1), (i[:,None], j)
+    return gradient, look
 
 # %% ../../nbs/07_zoo.ipynb #07-016
-def _check_positive(**numbers):
-    check_range(0, math.inf, **numbers)
-    for name, value in numbers.items(): require(value>0, f"{name} must be above 0, found {value}")
+def _check_width(problem, h):
+    least = 16*torch.finfo(problem.x.dtype).eps*max(map(abs, problem.bounds))
+    require(h>=least, f"h must be at least {least:.2g}, or rounding swallows it, found {h}")
 
 def _start(problem, gradient, kappa, c, lr):
     "At the image; the distance of the boundary estimated from the slope in a few coordinates"
     logits, g, _ = gradient(problem.margin, problem.x, problem.all)
-    gap = problem.margin(logits, problem.all) + kappa + 2*resolution(logits)
-    return problem.x.clone(), *scale(problem, gap/(problem.x[0].numel()*g.square().mean(1)).sqrt(), gap, 2, c, lr)
+    gap = problem.gap(logits, problem.all, kappa)
+    return problem.x.clone(), *linear_scale(problem, gap/(problem.x[0].numel()*g.square().mean(1)).sqrt(), gap, 2, c, lr)
 
 @delegates(run, but='minimum_norm')
 def zoo(
@@ -71,20 +73,21 @@ def zoo(
     h:float=.01, # Half of what a pixel differs by in a pair of queries, in units of a pixel, above 0
     coordinates:int=128, # Coordinates moved in a step, 1 or more; two queries each, and one more for the point itself
     importance:bool=False, # Draw coordinates in proportion to their change, not in turn
-    repeats:int=1, # Times that every point is asked about, 1 or more, and the answers averaged: for a model that draws random numbers
+    repeats:int=1, # Times that every point is asked about, 1 or more, and the answers averaged, for a model that draws random numbers; use a `kappa` above the noise that is left, or one lucky answer ends the search
     **kwargs
 ) -> AttackResult: # `x_adv` the closest point found, `kappa` beyond the boundary, or `x` where none was
     "Zeroth-order optimisation by coordinate Adam (Chen et al., 2017, algorithms 1 and 2)."
     search = dict(kappa=kappa, c=c, binary_search_steps=binary_search_steps, lr=lr)
     check_penalty(**search)
     check_counts(max_queries=max_queries, coordinates=coordinates, repeats=repeats)
-    _check_positive(h=h)
+    check_positive(h=h)
     def solve(problem):
         cost = repeats*(2*min(coordinates, problem.x[0].numel())+1)
-        steps = ((max_queries-binary_search_steps)//cost-1)//binary_search_steps
-        require(steps>0, f"max_queries must be at least {(binary_search_steps+1)*cost+binary_search_steps} for {binary_search_steps} values of c and {cost} queries a step, found {max_queries}")
-        gradient = _differences(problem, coordinates, h, importance, repeats)
-        return minimise(problem, gradient, _start(problem, gradient, kappa, c, lr), kappa=kappa, binary_search_steps=binary_search_steps, steps=steps)
+        _check_width(problem, h)
+        steps = ((max_queries-repeats*binary_search_steps)//cost-1)//binary_search_steps
+        require(steps>0, f"max_queries must be at least {(binary_search_steps+1)*cost+repeats*binary_search_steps} for {binary_search_steps} values of c and {cost} queries a step, found {max_queries}")
+        gradient, look = _differences(problem, coordinates, h, importance, repeats)
+        return minimise(problem, gradient, look, _start(problem, gradient, kappa, c, lr), kappa=kappa, binary_search_steps=binary_search_steps, steps=steps)
     settings = dict(attack='zoo', max_queries=max_queries, h=h, coordinates=coordinates, importance=importance, repeats=repeats, **search)
     return run(solve, model, x, y, settings=settings, **kwargs)
 
@@ -122,8 +125,9 @@ def spsa(
     "Simultaneous perturbation stochastic approximation with Adam (Spall, 1992; Uesato et al., 2018)."
     _check_ball(eps, p)
     check_counts(steps=steps, samples=samples)
-    _check_positive(h=h, lr=lr)
+    check_positive(h=h, lr=lr)
     def solve(problem):
+        _check_width(problem, h)
         best, adam, x, i = Best(problem), Adam(problem.x), problem.x, problem.all
         best.see(x, problem.logits(x, i), i)
         for _ in range(steps):
@@ -224,7 +228,7 @@ def square(
     _check_ball(eps, p)
     check_counts(max_queries=max_queries)
     if p_init is None: p_init = .1 if p==2 else .8
-    _check_positive(p_init=p_init)
+    check_positive(p_init=p_init)
     check_range(0, 1, p_init=p_init)
     first, propose = (_tiles, _two_squares) if p==2 else (_stripes, _square)
     def solve(problem):
@@ -271,7 +275,7 @@ def _to_boundary(labels, x, i, tolerance):
     return _shorten(labels.problem, x, i, high, labels.p)
 
 def _normal(labels, x, i, n, delta):
-    "Towards the fooled side: a mean of `n` steps of length `delta`, each counted for or against by whether it fools (equation 16)"
+    "Towards the fooled side: a sum of `n` steps of length `delta` within the box, each counted for or against by whether it fools (equation 16)"
     problem, plus, plain, total = labels.problem, torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(i))
     for u in _draws(problem, torch.randn, n, i):
         points = problem.clip(x[:,None] + _flat(u, delta)*_unit(u.flatten(0, 1), 2).view_as(u))
@@ -327,7 +331,7 @@ def hop_skip_jump(
     *,
     p:float=2, # Norm to keep small: 2 or inf
     max_queries:int=5000, # Largest number of queries an image, 1 or more; it stops where the next round would take more
-    init_queries:int=100, # Of these, at most so many (1 or more), and at most half, to find a first image that fools
+    init_queries:int=100, # Of these, at most so many (1 or more), and at most half, to find a first image that fools where `start` does not
     samples:int=100, # Directions in the first round, 1 or more; the t-th takes sqrt(t) times as many
     gamma:float=10., # Above 0; scales the steps to the sides, and the share of the way at which bisection stops
     overshoot:float=1e-3, # Share added to the change at the end, 0 or more
@@ -337,12 +341,12 @@ def hop_skip_jump(
     "HopSkipJump (Chen, Jordan and Wainwright, 2020, algorithm 2)."
     require(p in (2, torch.inf), f"p must be 2 or inf, found {p}")
     check_counts(max_queries=max_queries, init_queries=init_queries, samples=samples)
-    _check_positive(gamma=gamma)
+    check_positive(gamma=gamma)
     check_range(0, math.inf, overshoot=overshoot)
     if start is not None: _check_start(start, x, kwargs.get('bounds', (0, 1)))
     def solve(problem):
         labels, size = _Labels(problem, p, max_queries-1), problem.x[0].numel()
-        tolerance = max(gamma*size**(-1.5 if p==2 else -2), torch.finfo(problem.x.dtype).eps)
+        tolerance = min(max(gamma*size**(-1.5 if p==2 else -2), torch.finfo(problem.x.dtype).eps), 1e-3)
         _find(labels, start, min(init_queries, max_queries//2))
         found = i = labels.norm.isfinite().nonzero().squeeze(1)
         x = _to_boundary(labels, labels.x[i], i, tolerance)
@@ -352,7 +356,7 @@ def hop_skip_jump(
             i, x = i[going], x[going]
             if not len(i): return _clear(labels, found, overshoot)
             norm = (x-problem.x[i]).flatten(1).norm(p, dim=1)
-            direction = _unit(_normal(labels, x, i, n, gamma*norm/size), p)
+            direction = _unit(_normal(labels, x, i, n, min(gamma/size, .1)*norm), p)
             x = _to_boundary(labels, _jump(labels, x, i, direction, norm/t**.5), i, tolerance)
     settings = dict(attack='hop_skip_jump', p=p, max_queries=max_queries, init_queries=init_queries, samples=samples, gamma=gamma, overshoot=overshoot, start=start is not None)
     return run(solve, model, x, y, settings=settings, **kwargs)
