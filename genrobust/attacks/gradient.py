@@ -13,7 +13,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, Best, check_counts, check_range, log_odds, margin, require, run
+from .core import AttackResult, Best, check_counts, check_positive, check_range, log_odds, margin, require, run
 
 # %% ../../nbs/04_fgsm.ipynb #04-006
 def _logit(logits, y): return logits.gather(1, y[:,None]).squeeze(1)
@@ -103,8 +103,7 @@ def _step_size(step_size, eps, steps, factor):
     "The one given, else chosen so that all steps together go `factor` times as far as `eps`"
     check_counts(steps=steps)
     if step_size is None: return factor*eps/steps
-    check_range(0, math.inf, step_size=step_size)
-    require(step_size>0, f"step_size must be above 0, found {step_size}")
+    check_positive(step_size=step_size)
     return step_size
 
 @delegates(run, but='minimum_norm')
