@@ -20,7 +20,7 @@ from . import attacks
 from .attacks import one_vs_all, rescore
 from .data import Images, load
 from .models import CNN, accuracy, build, load_pretrained, pretrained_names, save_model
-from .results import PRESETS, _write, reproduce, tables, wilson, writable
+from .results import PRESETS, reproduce, tables, wilson, writable, write_whole
 from .training import fit
 
 # %% ../nbs/12_cli.ipynb #12-006
@@ -112,7 +112,7 @@ def _attack(attack, args):
         frame = frame.assign(**{k: getattr(scored, k).numpy() for k in ('share', 'majority', 'worst')})
     result.settings.update(model=args.model, data=args.data, images=args.images)
     result.save(out)
-    _write(csv, frame.to_csv(float_format='%.6g'))
+    write_whole(csv, frame.to_csv(float_format='%.6g'))
     for label, text in [*_summary(result, frame, args.draws), ('seconds', f'{seconds:.1f}, for the attack'), ('written', f'{out}, {csv}')]: print(f'{label:<16}{text}')
 
 # %% ../nbs/12_cli.ipynb #12-016

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'ATTACKS', 'PRESETS', 'Preset', 'wilson', 'clustered', 'measure_accuracy', 'measure_attack', 'show_attacks',
-           'writable', 'reproduce', 'tables']
+           'writable', 'write_whole', 'reproduce', 'tables']
 
 # %% ../nbs/10_results.ipynb #10-003
 import json, math, os, time
@@ -120,8 +120,11 @@ def writable(
         with TemporaryFile(dir=folder): return folder
     except OSError as e: raise OSError(f"cannot write to the folder {folder}: {e.strerror}") from e
 
-def _write(path, content):
-    "Text or bytes, whole or not at all"
+def write_whole(
+    path:Path, # Its folder is there
+    content:str|bytes # Text is written as UTF-8
+) -> None:
+    "Write a file whole or not at all: what stood there stays until the new one is complete."
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         tmp.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -170,14 +173,14 @@ def reproduce(
             seconds.append(dict(model=model, attack=attack, seconds=spent))
     settings = dict(data=data, preset=name, **preset._asdict(), device=device.type, threads=torch.get_num_threads(), torch=torch.__version__.split('+')[0])
     for file, table in [('accuracy', pd.DataFrame(accuracies)), ('images', pd.concat(frames)), ('seconds', pd.DataFrame(seconds))]:
-        _write(folder/f'{file}.csv', table.to_csv(index=False, float_format='%.6g'))
-    _write(folder/'settings.json', json.dumps(settings, indent=1)+'\n')
+        write_whole(folder/f'{file}.csv', table.to_csv(index=False, float_format='%.6g'))
+    write_whole(folder/'settings.json', json.dumps(settings, indent=1)+'\n')
     fig = show_attacks(results, class_names(data), note='synthetic images' if data=='synthetic' else '')
     png = BytesIO()
     fig.savefig(png, dpi=110, bbox_inches='tight')
     plt.close(fig)
-    _write(folder/'examples.png', png.getvalue())
-    _write(folder/'tables.md', tables(folder)+'\n')
+    write_whole(folder/'examples.png', png.getvalue())
+    write_whole(folder/'tables.md', tables(folder)+'\n')
     tell('done')
     return folder
 

@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..models import in_parts
+
 # %% ../../nbs/03_attacks.ipynb #03-006
 def _others(logits, y): return logits.scatter(1, y[:,None], -torch.inf)
 
@@ -62,7 +64,8 @@ def jacobian(
     n_classes:int|None=None # C; default: the model is asked
 ) -> tuple[Tensor, Tensor]: # Logits `[B,C]`, and their gradients `[B,C,...]`
     "All logits and all their gradients: one backward pass where the model offers `per_class_logits`, else one of C cotangents."
-    with torch.inference_mode(False), torch.enable_grad(): return _jacobian(model, x.detach().clone(), n_classes)
+    with torch.inference_mode(False), torch.enable_grad():
+        return tuple(map(torch.cat, zip(*[_jacobian(model, part.detach().clone(), n_classes) for part in in_parts(model, x)])))
 
 def _jacobian(model, x, n_classes):
     if hasattr(model, 'per_class_logits'):
@@ -213,22 +216,23 @@ class Problem:
     @torch.no_grad()
     def logits(self, x:Tensor, i:Tensor) -> Tensor:
         "`[len(i),C]`, for one forward pass an image."
-        self.forwards[i] += 1
-        return self.model(x)
+        return self.ask(x[:,None], i)[:,0]
 
     @torch.no_grad()
     def ask(self, points:Tensor, i:Tensor) -> Tensor:
-        "`[len(i),n,...]` to logits `[len(i),n,C]`: `n` forward passes an image, a thousand or so at a time."
+        "`[len(i),n,...]` to logits `[len(i),n,C]`: `n` forward passes an image, a thousand or fewer at a time."
         self.forwards[i] += points.shape[1]
-        return torch.cat([self.model(part) for part in points.flatten(0, 1).split(1024)]).unflatten(0, points.shape[:2])
+        return torch.cat([self.model(part) for part in in_parts(self.model, points.flatten(0, 1), 1024)]).unflatten(0, points.shape[:2])
 
     def gradient(self, objective:Callable, x:Tensor, i:Tensor) -> tuple[Tensor, Tensor]:
         "Logits, and the gradient with respect to `x` of `objective(logits, i) -> [len(i)]`, for one forward and one backward."
         self.forwards[i] += 1
         self.backwards[i] += 1
-        x = x.detach().requires_grad_()
-        logits = _differentiable(self.model(x))
-        return logits.detach(), torch.autograd.grad(objective(logits, i).sum(), x)[0]
+        def of(x, i):
+            x = x.detach().requires_grad_()
+            logits = _differentiable(self.model(x))
+            return logits.detach(), torch.autograd.grad(objective(logits, i).sum(), x)[0]
+        return tuple(map(torch.cat, zip(*map(of, in_parts(self.model, x), in_parts(self.model, i)))))
 
     def jacobian(self, x:Tensor, i:Tensor) -> tuple[Tensor, Tensor]:
         "Logits `[len(i),C]` and all their gradients, as `jacobian`."
@@ -295,13 +299,16 @@ def _box(bounds):
     require(-math.inf<low<high<math.inf, f"bounds must be two numbers (low, high) with low < high, found {bounds}")
     return low, high
 
+def _check_within(bounds, **images):
+    low, high = _box(bounds)
+    for name, x in images.items(): require(bool((x>=low).all() and (x<=high).all()), f"{name} must lie within bounds [{low:g}, {high:g}], found [{x.min():g}, {x.max():g}]")
+
 def _check_input(x, bounds, batch_size):
-    low, high = bounds
     if batch_size is not None: check_counts(batch_size=batch_size)
     require(isinstance(x, Tensor) and x.is_floating_point() and x.ndim>=2, f"x must be a float tensor [B,...], found {getattr(x, 'dtype', type(x).__name__)} {list(getattr(x, 'shape', []))}")
     require(x.numel()>0, "x holds no image")
     require(bool(torch.isfinite(x).all()), "x holds NaN or infinity")
-    require(bool((x>=low).all() and (x<=high).all()), f"x must lie within bounds [{low:g}, {high:g}], found [{x.min():g}, {x.max():g}]")
+    _check_within(bounds, x=x)
 
 def _check_logits(logits, n):
     require(isinstance(logits, Tensor) and logits.ndim==2 and len(logits)==n and logits.shape[1]>=2,
@@ -417,7 +424,7 @@ def rescore(
     check_counts(draws=draws, batch_size=batch_size)
     _check_mode(clf, False)
     device, predictions = _device(clf, result.x), []
-    batches = result.x_adv.split(batch_size)
+    batches = in_parts(clf, result.x_adv, batch_size)
     with torch.random.fork_rng():
         torch.manual_seed(_key('rescore', int(seed)))
         for part in progress_bar(batches) if progress else batches:

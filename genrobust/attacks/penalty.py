@@ -7,12 +7,13 @@ __all__ = ['Adam', 'minimise', 'check_penalty', 'linear_scale', 'carlini_wagner'
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-003
 import math
+from collections.abc import Callable
 
 import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, Nearest, _others, check_counts, check_positive, check_range, run
+from .core import AttackResult, Nearest, Problem, _others, check_counts, check_positive, check_range, run
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-008
 class Adam:
@@ -51,15 +52,15 @@ def _descend(problem, nearest, x, c, lr, steps, gradient, look):
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-016
 def minimise(
-    problem, # A `Problem`
-    gradient, # `(f, x, i)` to logits `[b,C]`, gradient of `f(logits, i)` at `x[i]` `[b,n]`, and index of its coordinates in `[B,D]`
-    look, # `(x, i)` to logits
-    start, # Images to start from, weights c and learning rates to start with
+    problem:Problem, # `B` images of `D` pixels each
+    gradient:Callable, # `(f, x, i)`, of `b` of the images, to logits `[b,C]`, the gradient of `f(logits, i)` in `n` pixels at `x[i]` `[b,n]`, and the index of these pixels in `[B,D]`
+    look:Callable, # `(x, i)`, images `[b,...]` and which they are `[b]`, to logits `[b,C]`
+    start:tuple[Tensor,Tensor,Tensor], # Images to start from `[B,...]`, weights c `[B]` and learning rates in units of a pixel `[B]`
     *,
-    kappa:float, # Margin to reach beyond the boundary
+    kappa:float, # Margin to reach beyond the boundary, in units of a logit
     binary_search_steps:int, # Values of c
     steps:int # Gradient steps for each
-) -> Tensor: # The closest points found
+) -> Tensor: # The closest points found `[B,...]`, the images themselves where none was
     "Distance and penalty at their smallest, searched over c (Carlini and Wagner, 2017, section VI.A)."
     x, c, lr = start
     nearest = Nearest(problem, kappa=kappa)

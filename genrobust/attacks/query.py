@@ -14,7 +14,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import AttackResult, Best, Nearest, _box, check_counts, check_positive, check_range, require, run
+from .core import AttackResult, Best, Nearest, _check_within, check_counts, check_positive, check_range, require, run
 from .gradient import _check_ball, _confine, _flat, _unit
 from .penalty import Adam, check_penalty, linear_scale, minimise
 
@@ -320,8 +320,7 @@ def _clear(labels, i, overshoot):
 def _check_start(start, x, bounds):
     require(isinstance(start, Tensor) and start.is_floating_point() and start.shape==getattr(x, 'shape', None),
             f"start must be float images like x, {list(getattr(x, 'shape', []))}, found {getattr(start, 'dtype', type(start).__name__)} {list(getattr(start, 'shape', []))}")
-    low, high = _box(bounds)
-    require(bool((start>=low).all() and (start<=high).all()), f"start must lie within bounds [{low:g}, {high:g}], found [{start.min():g}, {start.max():g}]")
+    _check_within(bounds, start=start)
 
 @delegates(run, but='minimum_norm')
 def hop_skip_jump(
