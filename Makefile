@@ -9,18 +9,24 @@ ifneq ($(GENROBUST_DATA),)
 export GENROBUST_DATA := $(abspath $(GENROBUST_DATA))
 endif
 
-.PHONY: help reproduce test sync notebooks-test wheel slow notebooks readme docs
+.PHONY: help reproduce bench test sync notebooks-test wheel slow notebooks readme docs
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
 
+INSTALL := $(if $(shell command -v uv),uv pip install -q -p .venv,$(BIN)/pip install -q)
 .venv/ready: settings.ini setup.py
 	@echo "Installing genrobust and its development tools into .venv (once)"
-	@if command -v uv > /dev/null; then uv venv -q --allow-existing .venv && uv pip install -q -p .venv -e '.[dev]'; \
-	else python3 -m venv .venv && pip install -q -e '.[dev]'; fi
+	@if command -v uv > /dev/null; then uv venv -q --allow-existing .venv; else python3 -m venv .venv; fi
+	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
 reproduce: .venv/ready ## Measure what the report measured, in about five minutes on two cores
 	genrobust reproduce --preset quick
+
+bench: .venv/ready ## Time the attacks beside those of other libraries, which are installed for it
+	$(INSTALL) -e '.[bench]'
+	-$(INSTALL) 'setuptools<81' wheel && $(INSTALL) --no-build-isolation adv-lib
+	genrobust bench
 
 test: .venv/ready sync notebooks-test wheel ## All tests: notebooks and modules in step, fast cells, the wheel, pytest
 	pytest -q tests

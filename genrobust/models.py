@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FACTORISATIONS', 'LOG_NORMALISER', 'Factorisation', 'Joined', 'Halve', 'Double', 'Trunk', 'Head', 'MLP', 'Painter',
-           'pick_device', 'NoDensityError', 'Classifier', 'CNN', 'BayesClassifier', 'OnNoise', 'Fresh', 'save_tensors',
-           'load_tensors', 'build', 'save_model', 'pretrained_names', 'load_pretrained', 'in_parts', 'predict',
-           'accuracy']
+           'pick_device', 'NoDensityError', 'Classifier', 'CNN', 'BayesClassifier', 'OnNoise', 'Fresh', 'write_whole',
+           'save_tensors', 'load_tensors', 'build', 'save_model', 'pretrained_names', 'load_pretrained', 'in_parts',
+           'predict', 'accuracy']
 
 # %% ../nbs/01_models.ipynb #01-003
 import hashlib, json, math, os
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 # %% ../nbs/01_models.ipynb #01-006
@@ -89,6 +89,7 @@ class MLP(nn.Module):
 
 class Painter(nn.Module):
     "Joined inputs to the mean of p(x|.), `[...,784]` in (0, 1): dense, dense, three stride-2 5x5 transposed convolutions"
+    chunk = 100  # codes painted at a time on a CPU: few enough for its cache
     def __init__(self, n_in:list[int], hidden:int, dropout:float):
         super().__init__()
         self.dense = Head(n_in, 64*4*4, hidden, dropout)
@@ -99,7 +100,7 @@ class Painter(nn.Module):
     def forward(self, *inputs):
         h = self.dense(*inputs)
         codes = h.flatten(0,-2)
-        chunks = codes.split(100 if codes.device.type=='cpu' else len(codes))  # a hundred stay in a CPU's cache
+        chunks = codes.split(self.chunk if codes.device.type=='cpu' else len(codes))
         return torch.cat([self.paint(chunk) for chunk in chunks]).unflatten(0, h.shape[:-1])
 
 # %% ../nbs/01_models.ipynb #01-019
@@ -382,20 +383,26 @@ def _digest(tensors):
     for name, value in sorted(tensors.items()): h.update(name.encode()+value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
+def write_whole(
+    path:str|Path, # Its folder is made if it is not there
+    content:str|bytes # Text is written as UTF-8
+) -> None:
+    "Write a file whole or not at all: what stood there stays until the new one is complete; an `OSError` if that cannot be done."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        tmp.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
+
 def save_tensors(
     path:str|Path, # Where to
     tensors:dict, # Name: tensor
     **metadata # Anything JSON can hold
 ) -> None:
     "Write a safetensors file, whole or not at all; an `OSError` if that cannot be done."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        save_file({k: v.contiguous() for k,v in tensors.items()}, tmp, dict(genrobust=json.dumps(metadata), digest=_digest(tensors)))
-        os.replace(tmp, path)
-    except SafetensorError as e: raise OSError(f"cannot write {path}: {e}") from e
-    finally: tmp.unlink(missing_ok=True)
+    write_whole(path, save({k: v.contiguous() for k,v in tensors.items()}, dict(genrobust=json.dumps(metadata), digest=_digest(tensors))))
 
 def load_tensors(
     path:str|Path # A file by `save_tensors`

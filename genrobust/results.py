@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'ATTACKS', 'PRESETS', 'Preset', 'wilson', 'clustered', 'measure_accuracy', 'measure_attack', 'show_attacks',
-           'writable', 'write_whole', 'reproduce', 'tables']
+           'writable', 'reproduce', 'tables']
 
 # %% ../nbs/10_results.ipynb #10-003
-import json, math, os, time
+import json, math, time
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import nn
 
 from .attacks import deepfool, fgsm, rescore, truncated_deepfool
 from .data import Images, class_names, load, load_or_synthetic, show_images
-from .models import build, load_pretrained, pick_device, predict
+from .models import build, load_pretrained, pick_device, predict, write_whole
 from .training import fit
 
 # %% ../nbs/10_results.ipynb #10-006
@@ -51,7 +51,7 @@ def wilson(
 ) -> tuple[float, float]: # Lower and upper end
     "95 % interval of a rate (Wilson, 1927)."
     centre, spread = (k+z*z/2)/(n+z*z), z/(n+z*z)*math.sqrt(max(k*(n-k)/n, 0)+z*z/4)
-    return centre-spread, centre+spread
+    return max(centre-spread, 0.), min(centre+spread, 1.)
 
 def clustered(
     hits:pd.Series, # One value in [0, 1] for each image
@@ -111,25 +111,13 @@ def show_attacks(
 
 # %% ../nbs/10_results.ipynb #10-017
 def writable(
-    folder:str|Path # Made if it is not there
+    folder:str|Path # Need not be there yet
 ) -> Path: # The same
-    "Make sure, before any work is done, that files can be written to a folder; an `OSError` if they cannot."
+    "Make sure, before any work is done, that files can be written to a folder, and make none; an `OSError` if they cannot."
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder): return folder
+        with TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())): return folder
     except OSError as e: raise OSError(f"cannot write to the folder {folder}: {e.strerror}") from e
-
-def write_whole(
-    path:Path, # Its folder is there
-    content:str|bytes # Text is written as UTF-8
-) -> None:
-    "Write a file whole or not at all: what stood there stays until the new one is complete."
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        tmp.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
 
 def _stand_in(name, splits, device, progress):
     "A model trained for a minute"

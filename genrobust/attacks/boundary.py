@@ -34,31 +34,22 @@ def linear_step(
     return (length[:,None]*u.abs().pow(q-1)*u.sign()).view_as(w[:,0])
 
 # %% ../../nbs/05_deepfool.ipynb #05-010
-def _boundaries(problem, logits, J, i):
-    "For every class how far its logit lies below the present one `[b,C]`, inf for a class that is no goal, and the gradient that closes the gap `[b,C,...]`"
-    rows = torch.arange(len(i), device=i.device)
-    if problem.target is None:
-        here = problem.y[i]
-        goals = torch.ones_like(logits, dtype=torch.bool).scatter(1, here[:,None], False)
-    else:
-        here = logits.argmax(1)
-        goals = torch.zeros_like(logits, dtype=torch.bool).scatter(1, problem.target[i,None], True)
-    gap = (logits[rows,here,None] - logits).abs() + 2*resolution(logits)[:,None]
-    return gap.masked_fill(~goals, torch.inf), J - J[rows,here,None]
-
-# %% ../../nbs/05_deepfool.ipynb #05-012
 def _norm(x, p): return x.flatten(1).norm(p, dim=1)
+
+def _share(estimate, walked, overshoot, step):
+    "Of an estimate of this length, what to walk: all of it, or a little more, once it is shorter than the overshoot"
+    least = overshoot/10*walked/estimate.clamp_min(torch.finfo(estimate.dtype).tiny)
+    return torch.where(estimate<=overshoot*walked, least.clamp_min(1), step)
 
 def _deepfool(problem, p, steps, overshoot, step):
     i, x, total = problem.all, problem.x.clone(), torch.zeros_like(problem.x)
     for _ in range(steps):
-        logits, J = problem.jacobian(x[i], i)
+        logits, ahead, w = problem.differences(x[i], i)
         going = ~problem.crossed(logits, i)
         i = i[going]
         if not len(i): break
-        estimate = linear_step(*_boundaries(problem, logits[going], J[going], i), p)
-        last = _norm(estimate, p) <= overshoot*_norm(total[i], p)
-        total[i] += torch.where(last.view(-1, *[1]*(x.ndim-1)), 1, step)*estimate
+        estimate = linear_step((ahead.abs()+2*resolution(logits)[:,None])[going], w[going], p)
+        total[i] += _share(_norm(estimate, p), _norm(total[i], p), overshoot, step).view(-1, *[1]*(x.ndim-1))*estimate
         x[i] = problem.clip(problem.x[i] + (1+overshoot)*total[i])
     return x
 
@@ -71,7 +62,7 @@ def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
     settings = dict(attack=name, p=p, steps=steps, overshoot=overshoot, step=step)
     return run(lambda problem: _deepfool(problem, p, steps, overshoot, step), model, x, y, settings=settings, **kwargs)
 
-# %% ../../nbs/05_deepfool.ipynb #05-013
+# %% ../../nbs/05_deepfool.ipynb #05-011
 @delegates(run, but='minimum_norm')
 def deepfool(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`

@@ -7,23 +7,23 @@ __all__ = ['margin', 'log_odds', 'resolution', 'require', 'jacobian', 'AttackRes
            'check_counts', 'check_range', 'check_positive', 'run', 'Rescored', 'rescore', 'random_noise', 'one_vs_all']
 
 # %% ../../nbs/03_attacks.ipynb #03-003
-import hashlib, json, math, os
+import hashlib, json, math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..models import in_parts
+from ..models import in_parts, write_whole
 
 # %% ../../nbs/03_attacks.ipynb #03-006
 def _others(logits, y): return logits.scatter(1, y[:,None], -torch.inf)
@@ -63,7 +63,7 @@ def jacobian(
     x:Tensor, # `[B,...]`
     n_classes:int|None=None # C; default: the model is asked
 ) -> tuple[Tensor, Tensor]: # Logits `[B,C]`, and their gradients `[B,C,...]`
-    "All logits and all their gradients: one backward pass where the model offers `per_class_logits`, else one of C cotangents."
+    "All logits and all their gradients: one backward pass where the model offers `per_class_logits`, else one for each class."
     with torch.inference_mode(False), torch.enable_grad():
         return tuple(map(torch.cat, zip(*[_jacobian(model, part.detach().clone(), n_classes) for part in in_parts(model, x)])))
 
@@ -75,11 +75,7 @@ def _jacobian(model, x, n_classes):
         return logits.detach(), torch.autograd.grad(logits.sum(), copies)[0]
     x.requires_grad_()
     logits = _differentiable(model(x))
-    each = torch.eye(logits.shape[1], device=x.device, dtype=logits.dtype).unsqueeze(1).expand(-1, len(x), -1)
-    def backward(cotangents, **kw): return torch.autograd.grad(logits, x, cotangents, retain_graph=True, **kw)[0]
-    try: J = backward(each, is_grads_batched=True)
-    except RuntimeError: J = torch.stack([backward(one) for one in each])  # an operation that cannot be vectorised
-    return logits.detach(), J.transpose(0, 1)
+    return logits.detach(), torch.stack([torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in logits.unbind(1)], 1)
 
 # %% ../../nbs/03_attacks.ipynb #03-015
 @dataclass(repr=False)
@@ -92,7 +88,7 @@ class AttackResult:
     success: Tensor # Bool `[N]`: attacked, and classified as the attacker wants
     initially_wrong: Tensor # Bool `[N]`: misclassified before, so not attacked, and left out of every rate
     forwards: Tensor # Forward passes spent on each image `[N]`
-    backwards: Tensor # Backward passes; one of C cotangents counts C
+    backwards: Tensor # Backward passes
     target: Tensor|None = None # Classes aimed at `[N]`
     settings: dict = field(default_factory=dict) # The attack, its parameters, and the seed of the noise it ran on
 
@@ -146,13 +142,7 @@ def _tensors(self:AttackResult): return {f.name: v for f in fields(self) if isin
 @patch
 def save(self:AttackResult, path:str|Path) -> None:
     "Write a safetensors file, whole or not at all; an `OSError` if that cannot be done."
-    path = Path(path)
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        save_file({k: v.contiguous() for k,v in self._tensors().items()}, tmp, dict(settings=json.dumps(self.settings)))
-        os.replace(tmp, path)
-    except SafetensorError as e: raise OSError(f"cannot write {path}: {e}") from e
-    finally: tmp.unlink(missing_ok=True)
+    write_whole(path, safetensors.torch.save({k: v.contiguous() for k,v in self._tensors().items()}, dict(settings=json.dumps(self.settings))))
 
 @patch(cls_method=True)
 def load(cls:AttackResult, path:str|Path) -> AttackResult:
@@ -234,12 +224,23 @@ class Problem:
             return logits.detach(), torch.autograd.grad(objective(logits, i).sum(), x)[0]
         return tuple(map(torch.cat, zip(*map(of, in_parts(self.model, x), in_parts(self.model, i)))))
 
-    def jacobian(self, x:Tensor, i:Tensor) -> tuple[Tensor, Tensor]:
-        "Logits `[len(i),C]` and all their gradients, as `jacobian`."
-        logits, J = jacobian(self.model, x, self.n_classes)
+    def _rivals(self, logits, i):
+        "Class to leave `[b,1]` and classes to reach `[b,n]`: the label and all others, or the leader of all others and the target"
+        if self.target is None: return self.y[i,None], (self.y[i,None]+torch.arange(1, self.n_classes, device=logits.device)) % self.n_classes
+        return _others(logits, self.target[i]).argmax(1, keepdim=True), self.target[i,None]
+
+    def differences(self, x:Tensor, i:Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        "Logits `[b,C]`, those of the classes to reach less that of the class to leave `[b,n]`, and the gradients of these differences `[b,n,...]`."
+        def less(values, here, goals): return values[rows,goals]-values[rows,here]
+        rows, quick = torch.arange(len(i), device=i.device)[:,None], hasattr(self.model, 'per_class_logits')
+        x = x.detach().requires_grad_()
+        logits, J = jacobian(self.model, x, self.n_classes) if quick else (_differentiable(self.model(x)), None)
+        rivals = self._rivals(logits.detach(), i)
+        ahead = less(logits, *rivals)
+        w = less(J, *rivals) if quick else torch.stack([torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in ahead.unbind(1)], 1)
         self.forwards[i] += 1
-        self.backwards[i] += 1 if hasattr(self.model, 'per_class_logits') else logits.shape[1]
-        return logits, J
+        self.backwards[i] += 1 if quick else ahead.shape[1]
+        return logits.detach(), ahead.detach(), w
 
     def random(self, draw:Callable, i:Tensor) -> Tensor:
         "`draw(shape, generator)` for each image, from random numbers of its own, stacked."
@@ -279,13 +280,13 @@ class Nearest:
 # %% ../../nbs/03_attacks.ipynb #03-025
 def check_counts(**counts) -> None:
     "Raise a `ValueError` unless each is a whole number of at least 1."
-    for name, value in counts.items(): require(isinstance(value, Integral) and value>=1, f"{name} must be a whole number of at least 1, found {value}")
+    for name, value in counts.items(): require(isinstance(value, Integral) and not isinstance(value, bool) and value>=1, f"{name} must be a whole number of at least 1, found {value!r}")
 
 def check_range(low, high, **numbers) -> None:
     "Raise a `ValueError` unless each is a finite number from `low` to `high`."
     for name, value in numbers.items():
         try: ok = math.isfinite(value) and low<=value<=high
-        except TypeError: ok = False
+        except (TypeError, ValueError, RuntimeError): ok = False
         require(ok, f"{name} must be a finite number from {low:g} to {high:g}, found {value!r}")
 
 def check_positive(**numbers) -> None:
@@ -305,14 +306,14 @@ def _check_within(bounds, **images):
 
 def _check_input(x, bounds, batch_size):
     if batch_size is not None: check_counts(batch_size=batch_size)
-    require(isinstance(x, Tensor) and x.is_floating_point() and x.ndim>=2, f"x must be a float tensor [B,...], found {getattr(x, 'dtype', type(x).__name__)} {list(getattr(x, 'shape', []))}")
+    require(isinstance(x, Tensor) and x.is_floating_point() and x.ndim>=2, f"x must be a float tensor [B,...], found {type(x).__name__} {getattr(x, 'dtype', '')} {list(getattr(x, 'shape', []))}")
     require(x.numel()>0, "x holds no image")
     require(bool(torch.isfinite(x).all()), "x holds NaN or infinity")
     _check_within(bounds, x=x)
 
 def _check_logits(logits, n):
-    require(isinstance(logits, Tensor) and logits.ndim==2 and len(logits)==n and logits.shape[1]>=2,
-            f"the model must return logits [B,C] with C >= 2; for {n} images it returned {type(logits).__name__} {list(getattr(logits, 'shape', []))}")
+    require(isinstance(logits, Tensor) and logits.ndim==2 and len(logits)==n and logits.shape[1]>=2 and logits.is_floating_point(),
+            f"the model must return float logits [B,C] with C >= 2; for {n} images it returned {type(logits).__name__} {getattr(logits, 'dtype', '')} {list(getattr(logits, 'shape', []))}")
     require(bool(torch.isfinite(logits).all()), "the model returned NaN or infinite logits")
 
 def _labels(labels, n, device, what):
@@ -378,7 +379,7 @@ def run(
     target:Tensor|int|None=None, # Class to reach, 0 to C-1, for all images or `[N]` for each; default: any but `y`
     bounds:tuple=(0,1), # Smallest and largest value of a pixel
     seed:int=0, # Of the attack's random numbers, and of the noise a random model is attacked on; any of 63 bits
-    batch_size:int|None=None, # Images attacked at once, 1 or more; default 128
+    batch_size:int|None=None, # Images attacked at once, 1 or more; default 256
     progress:bool=False, # Show a bar
     allow_training:bool=False # Attack a model that is in training mode
 ) -> AttackResult:
@@ -390,10 +391,10 @@ def run(
     y = None if y is None else _labels(y, len(x), x.device, 'y')
     target = None if target is None else _labels(target, len(x), x.device, 'target')
     if y is not None and target is not None: _check_targets(target, y, torch.arange(len(x)))
-    check_range(-2**63, 2**63-1, seed=seed)
+    require(isinstance(seed, Integral) and -2**63<=seed<2**63, f"seed must be a whole number of 63 bits, found {seed!r}")
     seed = int(seed)
     settings = {k: v.item() if hasattr(v, 'item') else v for k,v in dict(settings, bounds=list(bounds), seed=seed).items()}
-    batches, parts = torch.arange(len(x)).split(batch_size or 128), []
+    batches, parts = torch.arange(len(x)).split(batch_size or 256), []
     with torch.inference_mode(False), torch.enable_grad():
         if hasattr(model, 'fixed') and (fixed := model.fixed(seed)) is not model: model, settings = fixed, dict(settings, noise_seed=seed)
         device = _device(model, x)
@@ -417,10 +418,11 @@ def rescore(
     clf:nn.Module, # The classifier, random as it is
     draws:int=20, # Times that each image is classified
     seed:int=0, # Of the fresh noise, which is never that of an attack
-    batch_size:int=128, # Images at a time
+    batch_size:int=128, # Images at a time; another number meets other noise
     progress:bool=False # Show a bar
 ) -> Rescored: # Per image
     "Classify the attacked images again and again, each time on fresh noise."
+    require(isinstance(result, AttackResult) and isinstance(clf, nn.Module), f"expected an AttackResult and a model, found {type(result).__name__} and {type(clf).__name__}")
     check_counts(draws=draws, batch_size=batch_size)
     _check_mode(clf, False)
     device, predictions = _device(clf, result.x), []

@@ -31,7 +31,7 @@ def _objective(problem, loss):
 def _check_loss(loss): require(loss in _losses, f"loss must be one of {', '.join(_losses)}, found {loss!r}")
 def _check_ball(eps, p):
     check_range(0, math.inf, eps=eps)
-    require(p in (2, torch.inf), f"p must be 2 or inf, found {p}")
+    require(p in (2, torch.inf), f"p must be 2 or inf, found {p!r}")
 
 # %% ../../nbs/04_fgsm.ipynb #04-012
 def _flat(x, values): return values.view(-1, *[1]*(x.ndim-1))

@@ -65,7 +65,7 @@ def zoo(
     x:Tensor, # Images `[N,...]` within `bounds`
     y:Tensor|None=None, # Labels `[N]`; default: the model's predictions
     *,
-    max_queries:int=20_000, # Largest number of queries an image, 1 or more; too few for its steps is an error that says how many it takes
+    max_queries:int=20_000, # Largest number of queries an image, besides a first look and a last check, 1 or more; too few for its steps is an error that says how many it takes
     kappa:float=0., # Margin to reach beyond the boundary, in units of a logit, 0 or more
     c:float|None=None, # First weight of the penalty, in squared pixels a unit of a logit, above 0; default: for each image from a linear estimate
     binary_search_steps:int=2, # Values of c that are tried, 1 or more
@@ -220,7 +220,7 @@ def square(
     *,
     eps:float=.3, # Radius of the ball, in units of a pixel, 0 or more
     p:float=torch.inf, # Norm of the ball: inf or 2
-    max_queries:int=5000, # Largest number of queries an image, 1 or more
+    max_queries:int=5000, # Largest number of queries an image, besides a first look and a last check, 1 or more
     p_init:float|None=None, # Share of the pixels in the first squares, in (0, 1]; default: 0.8, and 0.1 for p = 2
     **kwargs
 ) -> AttackResult: # `x_adv` is the point of lowest margin seen
@@ -319,7 +319,7 @@ def _clear(labels, i, overshoot):
 
 def _check_start(start, x, bounds):
     require(isinstance(start, Tensor) and start.is_floating_point() and start.shape==getattr(x, 'shape', None),
-            f"start must be float images like x, {list(getattr(x, 'shape', []))}, found {getattr(start, 'dtype', type(start).__name__)} {list(getattr(start, 'shape', []))}")
+            f"start must be a float tensor like x, {list(getattr(x, 'shape', []))}, found {type(start).__name__} {getattr(start, 'dtype', '')} {list(getattr(start, 'shape', []))}")
     _check_within(bounds, start=start)
 
 @delegates(run, but='minimum_norm')
@@ -329,7 +329,7 @@ def hop_skip_jump(
     y:Tensor|None=None, # Labels `[N]`; default: the model's predictions
     *,
     p:float=2, # Norm to keep small: 2 or inf
-    max_queries:int=5000, # Largest number of queries an image, 1 or more; it stops where the next round would take more
+    max_queries:int=5000, # Largest number of queries an image, besides a first look and a last check, 1 or more; it stops where the next round would take more
     init_queries:int=100, # Of these, at most so many (1 or more), and at most half, to find a first image that fools where `start` does not
     samples:int=100, # Directions in the first round, 1 or more; the t-th takes sqrt(t) times as many
     gamma:float=10., # Above 0; scales the steps to the sides, and the share of the way at which bisection stops
@@ -338,7 +338,7 @@ def hop_skip_jump(
     **kwargs
 ) -> AttackResult: # `x_adv` the nearest image found that fools, or `x` where there is none
     "HopSkipJump (Chen, Jordan and Wainwright, 2020, algorithm 2)."
-    require(p in (2, torch.inf), f"p must be 2 or inf, found {p}")
+    require(p in (2, torch.inf), f"p must be 2 or inf, found {p!r}")
     check_counts(max_queries=max_queries, init_queries=init_queries, samples=samples)
     check_positive(gamma=gamma)
     check_range(0, math.inf, overshoot=overshoot)
