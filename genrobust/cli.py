@@ -77,7 +77,7 @@ class _Asked(Exception): "The model was asked again: all that comes before has b
 
 def _check(attack, given, n_classes):
     "Try the parameters on a model that answers once, with any class that is not the target"
-    answers = [F.one_hot(torch.tensor([given['target']==0]).long(), n_classes).float()]
+    answers = [F.one_hot(torch.tensor([given.get('target')==0]).long(), n_classes).float()]
     def model(x):
         if not answers: raise _Asked
         return answers.pop()
