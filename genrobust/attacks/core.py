@@ -7,7 +7,7 @@ __all__ = ['margin', 'log_odds', 'resolution', 'require', 'jacobian', 'AttackRes
            'check_counts', 'check_range', 'check_positive', 'run', 'Rescored', 'rescore', 'random_noise', 'one_vs_all']
 
 # %% ../../nbs/03_attacks.ipynb #03-003
-import hashlib, json, math
+import hashlib, json, math, os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -22,8 +22,6 @@ from fastcore.meta import delegates
 from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-
-from ..models import in_parts, write_whole
 
 # %% ../../nbs/03_attacks.ipynb #03-006
 def _others(logits, y): return logits.scatter(1, y[:,None], -torch.inf)
@@ -58,6 +56,10 @@ def _differentiable(logits):
     require(logits.requires_grad, "the model's logits have no gradient with respect to its input")
     return logits
 
+def _in_parts(model, x, most=None):
+    "Images in parts that the model takes at once: its `images_at_once`, where it has one"
+    return x.split(min(getattr(model, 'images_at_once', None) or len(x), most or len(x)) or 1)
+
 def jacobian(
     model:nn.Module, # Images to logits, image by image
     x:Tensor, # `[B,...]`
@@ -65,7 +67,7 @@ def jacobian(
 ) -> tuple[Tensor, Tensor]: # Logits `[B,C]`, and their gradients `[B,C,...]`
     "All logits and all their gradients: one backward pass where the model offers `per_class_logits`, else one for each class."
     with torch.inference_mode(False), torch.enable_grad():
-        return tuple(map(torch.cat, zip(*[_jacobian(model, part.detach().clone(), n_classes) for part in in_parts(model, x)])))
+        return tuple(map(torch.cat, zip(*[_jacobian(model, part.detach().clone(), n_classes) for part in _in_parts(model, x)])))
 
 def _jacobian(model, x, n_classes):
     if hasattr(model, 'per_class_logits'):
@@ -142,7 +144,13 @@ def _tensors(self:AttackResult): return {f.name: v for f in fields(self) if isin
 @patch
 def save(self:AttackResult, path:str|Path) -> None:
     "Write a safetensors file, whole or not at all; an `OSError` if that cannot be done."
-    write_whole(path, safetensors.torch.save({k: v.contiguous() for k,v in self._tensors().items()}, dict(settings=json.dumps(self.settings))))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        tmp.write_bytes(safetensors.torch.save({k: v.contiguous() for k,v in self._tensors().items()}, dict(settings=json.dumps(self.settings))))
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
 
 @patch(cls_method=True)
 def load(cls:AttackResult, path:str|Path) -> AttackResult:
@@ -212,7 +220,7 @@ class Problem:
     def ask(self, points:Tensor, i:Tensor) -> Tensor:
         "`[len(i),n,...]` to logits `[len(i),n,C]`: `n` forward passes an image, a thousand or fewer at a time."
         self.forwards[i] += points.shape[1]
-        return torch.cat([self.model(part) for part in in_parts(self.model, points.flatten(0, 1), 1024)]).unflatten(0, points.shape[:2])
+        return torch.cat([self.model(part) for part in _in_parts(self.model, points.flatten(0, 1), 1024)]).unflatten(0, points.shape[:2])
 
     def gradient(self, objective:Callable, x:Tensor, i:Tensor) -> tuple[Tensor, Tensor]:
         "Logits, and the gradient with respect to `x` of `objective(logits, i) -> [len(i)]`, for one forward and one backward."
@@ -222,7 +230,7 @@ class Problem:
             x = x.detach().requires_grad_()
             logits = _differentiable(self.model(x))
             return logits.detach(), torch.autograd.grad(objective(logits, i).sum(), x)[0]
-        return tuple(map(torch.cat, zip(*map(of, in_parts(self.model, x), in_parts(self.model, i)))))
+        return tuple(map(torch.cat, zip(*map(of, _in_parts(self.model, x), _in_parts(self.model, i)))))
 
     def _rivals(self, logits, i):
         "Class to leave `[b,1]` and classes to reach `[b,n]`: the label and all others, or the leader of all others and the target"
@@ -426,7 +434,7 @@ def rescore(
     check_counts(draws=draws, batch_size=batch_size)
     _check_mode(clf, False)
     device, predictions = _device(clf, result.x), []
-    batches = in_parts(clf, result.x_adv, batch_size)
+    batches = _in_parts(clf, result.x_adv, batch_size)
     with torch.random.fork_rng():
         torch.manual_seed(_key('rescore', int(seed)))
         for part in progress_bar(batches) if progress else batches:
