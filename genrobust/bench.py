@@ -7,17 +7,15 @@ __all__ = ['LIBRARIES', 'CONTESTS', 'count_flops', 'time_calls', 'product_rates'
            'Counted', 'installed', 'Contest', 'compete', 'machine', 'bench', 'standings']
 
 # %% ../nbs/11_speed.ipynb #11-003
-import json, math, platform, time
+import json, platform, time
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -30,7 +28,7 @@ from .attacks.gradient import apgd, fgsm, pgd
 from .attacks.penalty import carlini_wagner
 from .attacks.query import zoo
 from .data import Images, load_or_synthetic
-from .models import BayesClassifier, Double, Halve, build, load_pretrained, pick_device, predict, write_whole
+from .models import Double, Halve, build, load_pretrained, pick_device, predict, write_whole
 from .results import writable
 from .training import _epoch
 
