@@ -30,7 +30,7 @@ from .attacks.query import zoo
 from .data import Images, load_or_synthetic
 from .models import Double, Halve, build, load_pretrained, pick_device, predict, write_whole
 from .results import writable
-from .training import _epoch
+from .training import _epoch, _movers
 
 # %% ../nbs/11_speed.ipynb #11-006
 def count_flops(
@@ -83,11 +83,11 @@ def product_rates(
 # %% ../nbs/11_speed.ipynb #11-012
 def _some_images(n, device): return torch.rand(n, 1, 28, 28, device=device)
 
-def _time_epochs(model, device, batches, batch_size=100):
-    "Seconds for a pass over so many batches, as `fit` makes it, and the operations of one batch"
+def _time_epochs(model, device, batches, batch_size=100, amp=False):
+    "Seconds for a pass over so many batches, as `fit` makes it, and the operations of them all"
     data = Images(_some_images(batches*batch_size, device), torch.randint(model.n_classes, (batches*batch_size,), device=device))
-    optimiser = torch.optim.Adam(model.parameters())
-    def epoch(): _epoch(model, optimiser, data, torch.randperm(len(data.y)).to(device).split(batch_size), None)
+    movers = _movers(model, 1e-3)
+    def epoch(): _epoch(model, *movers, data, torch.randperm(len(data.y)).to(device).split(batch_size), None, amp)
     return median(time_calls(epoch, rounds=3, device=device)), count_flops(lambda: model.loss(data.x[:batch_size], data.y[:batch_size]).backward())*batches
 
 def measure_limits(

@@ -149,6 +149,7 @@ class Classifier(nn.Module):
     def log_joint(self, x:Tensor) -> Tensor:
         "log p(x,y_c), `[B,C]` nats."
         self._need_density()
+        return self(x) + LOG_NORMALISER
     def log_marginal(self, x:Tensor) -> Tensor:
         "log p(x), `[B]` nats."
         return self.log_joint(x).logsumexp(1)
@@ -158,8 +159,12 @@ class Classifier(nn.Module):
     def sample(self, y:int|Tensor, n:int) -> Tensor:
         "Images of a class, `[*y.shape,n,1,28,28]`."
         self._need_density()
+    @property
+    def has_density(self) -> bool:
+        "Whether there is a p(x,y)."
+        return False
     def _need_density(self):
-        raise NoDensityError(f"{self.name} has no density of images: it models p(y|x) alone; use one of {', '.join(k for k,f in FACTORISATIONS.items() if f.x)}")
+        if not self.has_density: raise NoDensityError(f"{self.name} has no density of images: it models p(y|x) alone; use one of {', '.join(k for k,f in FACTORISATIONS.items() if f.x)}")
 
 def _check_batch(x, ndim=4):
     if x.ndim!=ndim or x.shape[-3:]!=(1,28,28) or not x.is_floating_point():
@@ -312,15 +317,10 @@ def per_class_logits(self:BayesClassifier,
     return _estimate(self._terms(_check_batch(xc, 5), self.labels[None], noise))
 
 # %% ../nbs/01_models.ipynb #01-029
-@patch
-def log_joint(self:BayesClassifier, x:Tensor) -> Tensor:
-    "log p(x,y_c), `[B,C]` nats."
-    self._need_density()
-    return self(x) + LOG_NORMALISER
-
-@patch
-def _need_density(self:BayesClassifier):
-    if self.factors.x is None: Classifier._need_density(self)
+@patch(as_prop=True)
+def has_density(self:BayesClassifier) -> bool:
+    "Whether there is a p(x,y): not where p_D(x) was dropped."
+    return self.factors.x is not None
 
 # %% ../nbs/01_models.ipynb #01-031
 class OnNoise(nn.Module):
@@ -333,6 +333,8 @@ class OnNoise(nn.Module):
         noise = torch.stack([torch.randn(clf.n_classes, clf.latent, generator=rng) for _ in range(n_samples)], 1)
         self.register_buffer('noise', noise.to(clf.labels), persistent=False)
     def forward(self, x:Tensor) -> Tensor: return _estimate(self.log_terms(x), self.draws)
+    def _need_density(self): self.clf._need_density()
+    log_joint, log_marginal = Classifier.log_joint, Classifier.log_marginal
     def log_terms(self, x:Tensor) -> dict: return self.clf.log_terms(x, self.noise)
     def per_class_logits(self, xc:Tensor) -> Tensor: return _estimate(self.clf._terms(_check_batch(xc, 5), self.clf.labels[None], self.noise), self.draws)
 

@@ -1,5 +1,6 @@
 "The command, as a user runs it."
 import inspect, os, signal, subprocess, sys, time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -35,8 +36,27 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path):
         a, b = (load_tensors(tmp_path/f'{name}.{suffix}') for name in ('straight', 'killed'))
         assert a[1]==b[1] and a[0].keys()==b[0].keys() and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
 
+def test_two_processes_train_what_one_trains(tmp_path):
+    "torchrun shares models and seeds out (gloo); done again, nothing is trained or written"
+    args = ['train', 'cnn', 'cnn_at', '--seed', '0', '1', '--data', 'synthetic', '--images', '200', '--epochs', '1', '--no-progress']
+    env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg', PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
+    spread = subprocess.Popen(['torchrun', '--no-python', '--nproc-per-node', '2', 'genrobust', *args, '--folder', tmp_path/'two'], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    alone = genrobust(*args, '--folder', tmp_path/'one')
+    for process in (spread, alone):
+        out = process.communicate()[0]
+        assert process.returncode==0 and out.count('after 1 epochs')==4, out
+    names = ['cnn', 'cnn-1', 'cnn_at', 'cnn_at-1']
+    for folder in ('one', 'two'): assert sorted(p.name for p in (tmp_path/folder).iterdir())==sorted(f'{n}.{s}' for n in names for s in ('checkpoint', 'safetensors'))
+    for name in names:
+        (a, about), (b, also) = (load_tensors(tmp_path/folder/f'{name}.safetensors') for folder in ('one', 'two'))
+        assert about==also and all(torch.equal(a[k], b[k]) for k in a)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path/'one').iterdir()}
+    again = genrobust(*args, '--folder', tmp_path/'one')
+    assert again.communicate()[0].count('after 1 epochs')==4 and again.returncode==0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path/'one').iterdir()}==before
+
 @pytest.mark.parametrize('args, message', [
-    (['train', 'gfx'], 'no factorisation'), (['reproduce', '--preset', 'huge'], 'invalid choice'), (['attack'], 'required'), (['attack', 'fgsm', '--model', 'gfz', '--out', 'new/x.safetensors', '--eps', '-1'], 'eps must be'), (['reproduce', '--data', 'mnist'], 'no weights'),
+    (['train', 'gfx'], 'no model'), (['reproduce', '--preset', 'huge'], 'invalid choice'), (['attack'], 'required'), (['attack', 'fgsm', '--model', 'gfz', '--out', 'new/x.safetensors', '--eps', '-1'], 'eps must be'), (['reproduce', '--data', 'mnist'], 'no weights'),
     (['train', 'gfz', '--data', 'imagenet'], 'no data set'), (['train', 'gfz', '--images', '0'], 'at least 1'), (['reproduce', '--device', 'meta'], 'cannot be used'), (['reproduce', '--out', '/dev/null/results'], 'Not a directory'), (['train', 'cnn', '--lr', '-1', '--data', 'synthetic'], 'lr > 0')])
 def test_bad_input_is_one_line_and_status_2(args, message, tmp_path):
     process = genrobust(*args, cwd=tmp_path)
