@@ -54,7 +54,7 @@ def _files(out, suffix):
         if file.is_dir(): raise ValueError(f"cannot write {file}: it is a folder")
     return files
 
-DROPOUT = dict(gfz=0., dfz=0., cnn=.5, cnn_at=.2, gbz=0., gfy=0., dfx=.5, dbx=.5, gby=0.)  # chosen on validation images
+DROPOUT = dict(gfz=0., dfz=0., cnn=.5, cnn_at=.2, gbz=0., gfy=0., dfx=.5, dbx=.5, gby=0.)  # share of dense units dropped in training
 
 def pgd_start(model, x, y, eps=.1, steps=5):
     "What PGD makes of images that are classified correctly, each time from other random points (Madry et al., 2018)"
@@ -214,7 +214,7 @@ def _parser():
     train.add_argument('--images', type=_count, metavar='N', help='use only the first so many images of each part')
     train.add_argument('--scarce', type=partial(_count, low=0), metavar='CLASS', help='leave out nine in ten training and validation images of one class')
     _options(train, fit, without=('seed', 'checkpoint', 'progress'))
-    train.add_argument('--dropout', type=float, help='share of dense units dropped in training (default: what served each model best on validation images)')
+    train.add_argument('--dropout', type=float, help='share of dense units dropped in training (default: none where a density is learnt, half for cnn, dfx and dbx, a fifth for cnn_at)')
 
     kinds = commands.add_parser('attack', help='attack a model and save the result', description='Attack a model and save the result.').add_subparsers(required=True, metavar='ATTACK')
     for name, f in _attacks().items():

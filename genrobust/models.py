@@ -490,13 +490,22 @@ def accuracy(
 # %% ../nbs/01_models.ipynb #01-051
 @patch
 @torch.no_grad()
+def encode(self:BayesClassifier,
+    x:Tensor, # `[B,1,28,28]`
+    y:Tensor # Labels `[B]`
+) -> Tensor: # `[B,latent]`
+    "Mean of q(z|x,y)."
+    return self._posterior(_check_batch(x)[:,None], self.labels[_check_labels(y, len(x), self.n_classes)][:,None])[0].flatten(1)
+
+@patch
+@torch.no_grad()
 def reconstruct(self:BayesClassifier,
     x:Tensor # `[B,1,28,28]`
 ) -> Tensor: # `[B,1,28,28]`
     "Each image painted anew, from the mean of q(z|x,y) for the class y it is taken for."
     self._need_density()
-    y = self.labels[self(x).argmax(1)][:,None]
-    return self.decode(self._posterior(x[:,None], y)[0], y).view_as(x)
+    y = self(x).argmax(1)
+    return self.decode(self.encode(x, y)[:,None], self.labels[y]).view_as(x)
 
 @patch
 @torch.no_grad()
