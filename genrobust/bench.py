@@ -6,7 +6,7 @@
 __all__ = ['LIBRARIES', 'CONTESTS', 'count_flops', 'time_calls', 'product_rates', 'measure_limits', 'plain', 'compare_paths',
            'Counted', 'installed', 'Contest', 'compete', 'machine', 'bench', 'standings']
 
-# %% ../nbs/11_speed.ipynb #11-003
+# %% ../nbs/11_speed.ipynb #11-005
 import json, platform, time
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +32,7 @@ from .models import Double, Halve, build, load_pretrained, pick_device, predict,
 from .results import writable
 from .training import _epoch, _movers
 
-# %% ../nbs/11_speed.ipynb #11-006
+# %% ../nbs/11_speed.ipynb #11-008
 def count_flops(
     work:Callable # Without arguments
 ) -> int: # Floating-point operations of its matrix products and convolutions
@@ -49,7 +49,7 @@ def _all_gradients(model, x):
     model.per_class_logits(copies).sum().backward()
     return copies.grad
 
-# %% ../nbs/11_speed.ipynb #11-009
+# %% ../nbs/11_speed.ipynb #11-011
 def _wait(device):
     if torch.device(device).type=='cuda': torch.cuda.synchronize(device)
 
@@ -80,7 +80,7 @@ def product_rates(
     jobs = dict(matmul=(torch.matmul, (n, n), (n, n)), convolution=(F.conv2d, (1, n, n, 1), (n, n, 1, 1)))
     return {kind: 2*n**3/min(time_calls(work, partial(fresh, *shapes), 7, device)) for kind, (work, *shapes) in jobs.items()}
 
-# %% ../nbs/11_speed.ipynb #11-012
+# %% ../nbs/11_speed.ipynb #11-014
 def _some_images(n, device): return torch.rand(n, 1, 28, 28, device=device)
 
 def _time_epochs(model, device, batches, batch_size=100, amp=False):
@@ -111,7 +111,7 @@ def measure_limits(
     frame = pd.DataFrame(rows)
     return frame.assign(**{f'share_{kind}': frame.flops/frame.seconds/rate for kind, rate in rates.items()}, **{f'rate_{kind}': rate for kind, rate in rates.items()})
 
-# %% ../nbs/11_speed.ipynb #11-017
+# %% ../nbs/11_speed.ipynb #11-019
 def plain(
     model:nn.Module # Any of this package
 ) -> nn.Module: # A copy
@@ -122,7 +122,7 @@ def plain(
         if isinstance(layer, (Halve, Double)): layer.__class__ = type(layer).__base__
     return model.to(memory_format=torch.contiguous_format)
 
-# %% ../nbs/11_speed.ipynb #11-022
+# %% ../nbs/11_speed.ipynb #11-024
 def compare_paths(
     model:nn.Module, # Deterministic, with `per_class_logits`
     x:Tensor, # Images `[N,1,28,28]` for the logits
@@ -139,7 +139,7 @@ def compare_paths(
     return dict(logits=(ours-theirs).abs().max().item(), jacobian=((J-rows).flatten(1).norm(dim=1)/rows.flatten(1).norm(dim=1)).max().item(),
                 flipped=flipped.sum().item(), clear=(flipped & (top-second>1e-3)).sum().item())
 
-# %% ../nbs/11_speed.ipynb #11-036
+# %% ../nbs/11_speed.ipynb #11-038
 class Counted(nn.Module):
     "A model that counts the images it is given, forwards and backwards"
     def __init__(self, model:nn.Module):
@@ -152,7 +152,7 @@ class Counted(nn.Module):
         return logits
     def _backward(self, g): self.backwards += len(g)
 
-# %% ../nbs/11_speed.ipynb #11-039
+# %% ../nbs/11_speed.ipynb #11-041
 def _foolbox(name, eps=None, **settings):
     def attack(model, x, y):
         import foolbox
@@ -190,7 +190,7 @@ def installed() -> dict: # Module: version, or None where there is none
         return version(name)
     return {module: find(module, name) for module, name in LIBRARIES.items()}
 
-# %% ../nbs/11_speed.ipynb #11-041
+# %% ../nbs/11_speed.ipynb #11-043
 class Contest(NamedTuple):
     "One job for several libraries"
     model: str # Name
@@ -230,7 +230,7 @@ CONTESTS = {
         torchattacks=_torchattacks('APGD', eps=.05, steps=50), adv_lib=_adv_lib('apgd', .05, torch.inf, n_iter=50, loss_function='ce'))),
 }
 
-# %% ../nbs/11_speed.ipynb #11-042
+# %% ../nbs/11_speed.ipynb #11-044
 def _correct(model, images, n):
     "The first `n` images that the model gets right"
     where = (predict(model, images.x[:2*n+20]).argmax(1)==images.y[:2*n+20]).nonzero().squeeze(1)[:n]
@@ -277,7 +277,7 @@ def compete(
             rows.append(dict(contest=name, library=label, version=versions.get(label, version('genrobust')), round=round, images=len(y), **row))
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_speed.ipynb #11-046
+# %% ../nbs/11_speed.ipynb #11-048
 def machine(device=None) -> dict:
     "What a measurement was made on."
     device = pick_device(device)

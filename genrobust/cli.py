@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DROPOUT', 'pgd_start', 'main']
 
-# %% ../nbs/12_cli.ipynb #12-003
+# %% ../nbs/12_cli.ipynb #12-005
 import argparse, sys, time
 from contextlib import suppress
 from functools import partial
@@ -28,7 +28,7 @@ from .models import LOG_NORMALISER, build, load_pretrained, load_tensors, predic
 from .results import PRESETS, reproduce, tables, wilson, writable
 from .training import fit, processes
 
-# %% ../nbs/12_cli.ipynb #12-006
+# %% ../nbs/12_cli.ipynb #12-008
 def _options(parser, function, *, without=()):
     "An option for each parameter of `function` that a command line can give"
     for name, p in docments(function, full=True).items():
@@ -42,7 +42,7 @@ def _given(args, function):
     "What was given for parameters of `function`, save the first three: its model and its data"
     return {k: v for k,v in vars(args).items() if k in list(signature(function).parameters)[3:]}
 
-# %% ../nbs/12_cli.ipynb #12-009
+# %% ../nbs/12_cli.ipynb #12-011
 def _first(images, n): return Images(*[v[:n] for v in images])
 
 def _files(out, suffix):
@@ -108,7 +108,7 @@ def _reproduce(args):
 
 def _bench(args): print(f"Written to {bench(**{k: v for k,v in vars(args).items() if k!='run'}, say=partial(print, flush=True))}")
 
-# %% ../nbs/12_cli.ipynb #12-011
+# %% ../nbs/12_cli.ipynb #12-013
 def _attacks():
     "Every attack there is, by name"
     return {name: f for name,f in vars(attacks).items() if isfunction(f) and list(signature(f).parameters)[:3]==['model', 'x', 'y']}
@@ -123,7 +123,7 @@ def _check(attack, given, n_classes):
         return answers.pop()
     with suppress(_Asked): attack(model, torch.zeros(1,1,28,28), **dict(given, progress=False))
 
-# %% ../nbs/12_cli.ipynb #12-014
+# %% ../nbs/12_cli.ipynb #12-016
 def _rate(hits):
     low, high = wilson(hits.sum(), len(hits))
     return f'{hits.mean():.1%} [{low:.1%}, {high:.1%}]'
@@ -166,7 +166,7 @@ def _attack(attack, args):
     write_whole(csv, frame.to_csv(float_format='%.6g'))
     for label, text in [*_summary(result, frame, args.draws), ('seconds', f'{seconds:.1f}, for the attack'), ('written', f'{out}, {csv}')]: print(f'{label:<16}{text}')
 
-# %% ../nbs/12_cli.ipynb #12-016
+# %% ../nbs/12_cli.ipynb #12-018
 def _detect(args):
     result, out = AttackResult.load(args.result), Path(args.out or Path(args.result).with_suffix('.roc.csv'))
     if out.suffix!='.csv': raise ValueError(f"--out must name a .csv file, not {out}")
@@ -183,7 +183,7 @@ def _detect(args):
     write_whole(out, pd.concat(curves).to_csv(index=False, float_format='%.6g'))
     print(f"{'written':<16}{out}")
 
-# %% ../nbs/12_cli.ipynb #12-018
+# %% ../nbs/12_cli.ipynb #12-020
 def _count(text, low=1):
     "An option that is a whole number of at least `low`"
     if not text.isdecimal() or int(text)<low: raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, not {text}")

@@ -6,7 +6,7 @@
 __all__ = ['N_VALID', 'Images', 'Splits', 'DataError', 'DataUnavailable', 'check_images', 'data_root', 'synthetic', 'load',
            'load_or_synthetic', 'class_names', 'set_style', 'show_images']
 
-# %% ../nbs/00_data.ipynb #00-003
+# %% ../nbs/00_data.ipynb #00-005
 import gzip, os, shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, download_url
 
-# %% ../nbs/00_data.ipynb #00-006
+# %% ../nbs/00_data.ipynb #00-008
 class Images(NamedTuple):
     "Images in [0, 1] and their labels"
     x: Tensor # float32 `[N,1,28,28]`
@@ -39,7 +39,7 @@ class DataError(ValueError):
 class DataUnavailable(DataError):
     "Files that are neither on disk nor to be downloaded"
 
-# %% ../nbs/00_data.ipynb #00-008
+# %% ../nbs/00_data.ipynb #00-010
 def check_images(
     x:Tensor, # float32 `[N,1,28,28]` in [0, 1]
     y:Tensor, # int64 `[N]`, each from 0 to `n_classes - 1`
@@ -62,7 +62,7 @@ def check_images(
     need(0<=first and last<n_classes, f'labels from 0 to {n_classes-1}', f'{first} to {last}', 'check the labels')
     return Images(x, y)
 
-# %% ../nbs/00_data.ipynb #00-011
+# %% ../nbs/00_data.ipynb #00-013
 _datasets = dict(fashion_mnist=datasets.FashionMNIST, mnist=datasets.MNIST, kmnist=datasets.KMNIST)
 
 def data_root() -> Path: # `$GENROBUST_DATA`, else a folder in the user's cache
@@ -105,7 +105,7 @@ def _read(dataset, root, download):
         parts = [dataset(tmp, train=train) for train in (True, False)]
     return [check_images(p.data[:,None]/255, p.targets.long(), source=dataset.__name__) for p in parts]
 
-# %% ../nbs/00_data.ipynb #00-013
+# %% ../nbs/00_data.ipynb #00-015
 N_VALID = 10_000
 
 def _split(pool:Images, test:Images) -> Splits:
@@ -113,7 +113,7 @@ def _split(pool:Images, test:Images) -> Splits:
     valid, train = order[:N_VALID], order[N_VALID:]
     return Splits(Images(pool.x[train], pool.y[train]), Images(pool.x[valid], pool.y[valid]), test)
 
-# %% ../nbs/00_data.ipynb #00-017
+# %% ../nbs/00_data.ipynb #00-019
 def _between(v, low, high): return np.minimum(v-low, high-v)
 def _box(u, v, half, top, bottom): return np.minimum(half-np.abs(u), _between(v, top, bottom))
 def _without(shape, hole): return np.minimum(shape, -hole)
@@ -152,7 +152,7 @@ def _boot(u, v, r):     return _union(_shoe(u, v, r), _box(u+.45, v, .36*r(), -.
 
 _garments:list[Callable] = [_tshirt, _trouser, _pullover, _dress, _coat, _sandal, _shirt, _sneaker, _bag, _boot]
 
-# %% ../nbs/00_data.ipynb #00-018
+# %% ../nbs/00_data.ipynb #00-020
 def _draw(garment, n, rng):
     "`n` pictures `[n,28,28]` of one garment, each with a random cut, place, slant, mirror side, shade, light and noise"
     def r(spread=.25): return rng.uniform(1-spread, 1+spread, (n,1,1)).astype(np.float32)
@@ -177,7 +177,7 @@ def synthetic(
     order = rng.permutation(n)
     return check_images(torch.from_numpy(x[order]), torch.from_numpy(y[order]), source='synthetic')
 
-# %% ../nbs/00_data.ipynb #00-022
+# %% ../nbs/00_data.ipynb #00-024
 def _check_name(name):
     if name not in _datasets and name!='synthetic': raise DataError(f"no data set {name!r}; there are {', '.join([*_datasets, 'synthetic'])}")
 
@@ -208,7 +208,7 @@ def class_names(
     _check_name(name)
     return _datasets['fashion_mnist' if name=='synthetic' else name].classes
 
-# %% ../nbs/00_data.ipynb #00-024
+# %% ../nbs/00_data.ipynb #00-026
 def set_style() -> None:
     "Colours and style of every plot of the book."
     sns.set_theme(context='notebook', style='whitegrid', palette='colorblind', rc={'figure.dpi': 100, 'axes.spines.top': False, 'axes.spines.right': False})

@@ -6,7 +6,7 @@
 __all__ = ['REJECTED', 'DETECTORS', 'Detector', 'LogitDetector', 'MarginalDetector', 'KLDetector', 'fit_detectors', 'ROC', 'roc',
            'score_images', 'detect', 'detected', 'let_through']
 
-# %% ../nbs/08_detection.ipynb #08-003
+# %% ../nbs/08_detection.ipynb #08-005
 import math
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from .attacks.core import AttackResult, require
 from .data import Images, Splits
 from .models import LOG_NORMALISER, NoDensityError, _digest, load_tensors, predict, save_tensors
 
-# %% ../nbs/08_detection.ipynb #08-006
+# %% ../nbs/08_detection.ipynb #08-008
 REJECTED = -1  # The label of an image that is turned away
 
 def _ask(model, x, batch_size):
@@ -134,7 +134,7 @@ class Detector:
         state = 'not fitted' if self.statistics is None else 'not calibrated' if self.threshold is None else f'alpha {self.alpha:.3f} for a false-positive rate of {self.fpr:g}'
         return f"{type(self).__name__}({getattr(self.model, 'name', type(self.model).__name__)}, {state})"
 
-# %% ../nbs/08_detection.ipynb #08-008
+# %% ../nbs/08_detection.ipynb #08-010
 class LogitDetector(Detector):
     "Rejects x if log p(x,F(x)) < mu_c + alpha*sigma_c, c = F(x) (Li, Bradshaw and Sharma, 2019)"
     name = 'logit'
@@ -160,7 +160,7 @@ class KLDetector(Detector):
 
 DETECTORS = {kind.name: kind for kind in (LogitDetector, MarginalDetector, KLDetector)}
 
-# %% ../nbs/08_detection.ipynb #08-010
+# %% ../nbs/08_detection.ipynb #08-012
 def fit_detectors(
     model:nn.Module, # Images to logits
     train:Images, # To learn from
@@ -177,7 +177,7 @@ def fit_detectors(
     for detector in found.values(): detector._learn(learnt, train.y)._choose(detector.judge(chosen), fpr)
     return found
 
-# %% ../nbs/08_detection.ipynb #08-026
+# %% ../nbs/08_detection.ipynb #08-028
 def _fingerprint(model):
     "A hash of what a model's scores depend on: weights, noise if it is fixed, number of samples"
     samples = torch.tensor(getattr(getattr(model, 'clf', model), 'n_samples', 0))
@@ -205,7 +205,7 @@ def load(cls:Detector,
     detector.statistics, detector.threshold, detector.fpr = statistics, metadata['threshold'], metadata['fpr']
     return detector
 
-# %% ../nbs/08_detection.ipynb #08-029
+# %% ../nbs/08_detection.ipynb #08-031
 def _area(adversarial, clean, axis=-1):
     "Share of pairs in which the adversarial score is the higher one, ties counting half; vectorised for `bootstrap`"
     clean, adversarial = torch.as_tensor(np.sort(clean, axis)), torch.as_tensor(np.ascontiguousarray(adversarial))
@@ -267,7 +267,7 @@ def roc(
         require(not np.isnan(v).any(), f"the scores of {what} images hold NaN")
     return ROC(*scores, np.quantile(scores[0], 1-fpr, method='inverted_cdf') if threshold is None else threshold)
 
-# %% ../nbs/08_detection.ipynb #08-033
+# %% ../nbs/08_detection.ipynb #08-035
 def score_images(
     detectors:dict, # Name: `Detector`, all of one model
     x:Tensor, # `[N,1,28,28]`
@@ -299,7 +299,7 @@ def detect(
         frames += [score_images(found, r.x_adv, r.y).assign(attack=name, success=r.success.cpu().numpy(), initially_wrong=r.initially_wrong.cpu().numpy()) for name,r in results.items()]
     return found, pd.concat(frames, ignore_index=True)
 
-# %% ../nbs/08_detection.ipynb #08-037
+# %% ../nbs/08_detection.ipynb #08-039
 def detected(
     frame:pd.DataFrame, # By `detect`
     attack:str, # One of the attacks in it

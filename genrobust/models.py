@@ -8,7 +8,7 @@ __all__ = ['FACTORISATIONS', 'LOG_NORMALISER', 'Factorisation', 'Joined', 'Halve
            'save_tensors', 'load_tensors', 'build', 'save_model', 'pretrained_names', 'load_pretrained', 'in_parts',
            'predict', 'accuracy']
 
-# %% ../nbs/01_models.ipynb #01-003
+# %% ../nbs/01_models.ipynb #01-005
 import hashlib, json, math, os
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-# %% ../nbs/01_models.ipynb #01-006
+# %% ../nbs/01_models.ipynb #01-008
 class Factorisation(NamedTuple):
     "What each factor of p(x,y,z) depends on; `None` for the data's own distribution, '' for N(0,I)"
     z: str       # p(z|.)
@@ -37,7 +37,7 @@ FACTORISATIONS = dict(
     DFZ=Factorisation(z='',  x='z',  y='xz'),
     DBX=Factorisation(z='x', x=None, y='z'))
 
-# %% ../nbs/01_models.ipynb #01-010
+# %% ../nbs/01_models.ipynb #01-012
 class Joined(nn.Module):
     "A dense layer over inputs `[..., n_in[i]]` that broadcast against each other, to `[..., n_out]`"
     def __init__(self, n_in:list[int], n_out:int):
@@ -45,7 +45,7 @@ class Joined(nn.Module):
         self.parts = nn.ModuleList(nn.Linear(n, n_out, bias=not i) for i,n in enumerate(n_in))
     def forward(self, *inputs): return sum(part(x) for part,x in zip(self.parts, inputs))
 
-# %% ../nbs/01_models.ipynb #01-013
+# %% ../nbs/01_models.ipynb #01-015
 def _blocks(weight):
     "Taps of 5x5 kernels `[a,b,5,5]` by block and place in the block: `[a,b,3,2,3,2]`"
     return F.pad(weight, (0,1,0,1)).unflatten(3, (3,2)).unflatten(2, (3,2))
@@ -64,7 +64,7 @@ class Double(nn.ConvTranspose2d):
         kernel = _blocks(self.weight).flip(2, 4).permute(1,3,5,0,2,4).flatten(0, 2)
         return F.pixel_shuffle(F.conv2d(x, kernel, self.bias.repeat_interleave(4), padding=1), 2)
 
-# %% ../nbs/01_models.ipynb #01-016
+# %% ../nbs/01_models.ipynb #01-018
 class Trunk(nn.Module):
     "Images `[...,1,28,28]` to features `[...,hidden]`: three 5x5 stride-2 convolutions of 64 channels, then dense"
     def __init__(self, hidden:int, dropout:float):
@@ -103,7 +103,7 @@ class Painter(nn.Module):
         chunks = codes.split(self.chunk if codes.device.type=='cpu' else len(codes))
         return torch.cat([self.paint(chunk) for chunk in chunks]).unflatten(0, h.shape[:-1])
 
-# %% ../nbs/01_models.ipynb #01-019
+# %% ../nbs/01_models.ipynb #01-021
 def pick_device(
     device:str|torch.device|None=None # Default: cuda, else mps, else cpu
 ) -> torch.device: # One that works
@@ -177,7 +177,7 @@ def _check_labels(y, n, n_classes):
         raise ValueError(f"expected {n} integer labels from 0 to {n_classes-1}, found {y.dtype} {list(y.shape)}" + (f" from {y.min()} to {y.max()}" if y.numel() else ""))
     return y.long()
 
-# %% ../nbs/01_models.ipynb #01-021
+# %% ../nbs/01_models.ipynb #01-023
 class CNN(Classifier):
     "The plain reference classifier: the architecture of q(z|x,y), with class logits for an output"
     def __init__(self,
@@ -191,7 +191,7 @@ class CNN(Classifier):
         self._initialise(build, seed)
     def forward(self, x): return self.head(self.trunk(_check_batch(x)))
 
-# %% ../nbs/01_models.ipynb #01-023
+# %% ../nbs/01_models.ipynb #01-025
 LOG_NORMALISER = -392*math.log(math.pi)  # of a Gaussian of variance 1/2 on 784 pixels, in nats
 
 def _log_normal(unit, log_sigma):
@@ -227,7 +227,7 @@ class BayesClassifier(Classifier):
         if y=='z': self.py = MLP(latent, n_classes, *dense)
         if y=='xz': self.py_trunk, self.py_head = Trunk(*dense), Head([hidden, latent], n_classes, *dense)
 
-# %% ../nbs/01_models.ipynb #01-025
+# %% ../nbs/01_models.ipynb #01-027
 @patch
 def _posterior(self:BayesClassifier, x, y): return self.q_head(self.q_trunk(x), y)[:,:,None].chunk(2, -1)
 
@@ -271,7 +271,7 @@ def _terms(self:BayesClassifier, x, y, noise):
 @patch
 def _draw(self:BayesClassifier, *shape): return torch.randn(*shape, self.latent, device=self.labels.device, dtype=self.labels.dtype)
 
-# %% ../nbs/01_models.ipynb #01-027
+# %% ../nbs/01_models.ipynb #01-029
 def _total(terms): return terms['x'] + terms['y'] + terms['z'] - terms['q']
 
 def _estimate(terms, draws=1):
@@ -316,13 +316,13 @@ def per_class_logits(self:BayesClassifier,
     if noise is None: noise = self._draw(len(xc), self.n_classes, self.n_samples)
     return _estimate(self._terms(_check_batch(xc, 5), self.labels[None], noise))
 
-# %% ../nbs/01_models.ipynb #01-029
+# %% ../nbs/01_models.ipynb #01-031
 @patch(as_prop=True)
 def has_density(self:BayesClassifier) -> bool:
     "Whether there is a p(x,y): not where p_D(x) was dropped."
     return self.factors.x is not None
 
-# %% ../nbs/01_models.ipynb #01-031
+# %% ../nbs/01_models.ipynb #01-033
 class OnNoise(nn.Module):
     "A Bayes classifier made deterministic: noise `[C,draws*K,latent]` of its own, the same for every image"
     def __init__(self, clf:BayesClassifier, seed:int, n_samples:int, draws:int=1):
@@ -378,7 +378,7 @@ def fresh(self:BayesClassifier) -> nn.Module:
     "This model as a black box: new noise at every call, and only `forward`."
     return Fresh(self)
 
-# %% ../nbs/01_models.ipynb #01-037
+# %% ../nbs/01_models.ipynb #01-039
 def _digest(tensors):
     "A hash of names and numbers"
     h = hashlib.blake2b(digest_size=16)
@@ -459,7 +459,7 @@ def load_pretrained(
     clf.info = metadata['info']
     return clf.to(pick_device(device)).eval().requires_grad_(False)
 
-# %% ../nbs/01_models.ipynb #01-039
+# %% ../nbs/01_models.ipynb #01-041
 def in_parts(
     model:nn.Module, # Any; its `images_at_once`, if it has that, is the largest number of images that it should be given
     x:Tensor, # `[N,...]`
@@ -487,7 +487,7 @@ def accuracy(
     "Share of images that get their label."
     return (predict(model, x, batch_size).argmax(1)==y).float().mean().item()
 
-# %% ../nbs/01_models.ipynb #01-051
+# %% ../nbs/01_models.ipynb #01-053
 @patch
 @torch.no_grad()
 def encode(self:BayesClassifier,

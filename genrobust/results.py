@@ -6,7 +6,7 @@
 __all__ = ['REPORT', 'ATTACKS', 'PRESETS', 'Preset', 'wilson', 'clustered', 'measure_accuracy', 'measure_attack', 'show_attacks',
            'writable', 'reproduce', 'tables']
 
-# %% ../nbs/10_results.ipynb #10-003
+# %% ../nbs/10_results.ipynb #10-005
 import json, math, time
 from functools import partial
 from io import BytesIO
@@ -25,7 +25,7 @@ from .data import Images, class_names, load, load_or_synthetic, show_images
 from .models import build, load_pretrained, pick_device, predict, write_whole
 from .training import fit
 
-# %% ../nbs/10_results.ipynb #10-006
+# %% ../nbs/10_results.ipynb #10-008
 REPORT = dict( # Tables 1 to 4: accuracy on test images, seconds an image (on a V100), success rate, rho
     dfz=dict(accuracy=.8891, seconds={'FGS, joint loss': .3, 'DeepFool': 1.7, 'Truncated-DeepFool': 3.2},
              success={'FGS, joint loss': .2140, 'DeepFool': .4927}, rho={'FGS, joint loss': .4615, 'DeepFool': .1159}),
@@ -43,7 +43,7 @@ class Preset(NamedTuple):
 
 PRESETS = dict(quick=Preset(clean=500, attacked=40), full=Preset(clean=10_000, attacked=10_000))
 
-# %% ../nbs/10_results.ipynb #10-008
+# %% ../nbs/10_results.ipynb #10-010
 def wilson(
     k:float, # Successes; need not be whole
     n:float, # Trials
@@ -64,7 +64,7 @@ def clustered(
     effect = (residuals**2).sum()/n**2*clusters/(clusters-1)/(p*(1-p)/n)
     return wilson(n*p/effect, n/effect, t.ppf(.975, clusters-1)) if effect>1 else wilson(n*p, n)
 
-# %% ../nbs/10_results.ipynb #10-013
+# %% ../nbs/10_results.ipynb #10-015
 def measure_accuracy(
     clf:nn.Module, # A model
     images:Images # To classify, each on noise of its own
@@ -92,7 +92,7 @@ def measure_attack(
         frames.append(result.to_frame().assign(seed=seed, **{k: getattr(scored, k).cpu().numpy() for k in ('share','majority','worst')}))
     return pd.concat(frames, ignore_index=True).rename_axis('image').reset_index(), results, spent/attacked if attacked else math.nan
 
-# %% ../nbs/10_results.ipynb #10-015
+# %% ../nbs/10_results.ipynb #10-017
 def show_attacks(
     results:dict, # Model: attack: list of `AttackResult`
     names:list[str], # Of the classes
@@ -109,7 +109,7 @@ def show_attacks(
     fig.suptitle(note)
     return fig
 
-# %% ../nbs/10_results.ipynb #10-017
+# %% ../nbs/10_results.ipynb #10-019
 def writable(
     folder:str|Path # Need not be there yet
 ) -> Path: # The same
@@ -172,7 +172,7 @@ def reproduce(
     tell('done')
     return folder
 
-# %% ../nbs/10_results.ipynb #10-019
+# %% ../nbs/10_results.ipynb #10-021
 def _rate(hits, cluster=None):
     "A rate with its interval; below 30 images a count"
     n, k = len(hits), hits.sum()

@@ -48,6 +48,15 @@ def test_reads_as_a_chapter(path):
         imports = [line for line in lines if line.startswith(('import ', 'from '))]
         assert not imports or len(imports)==len(lines) or 'notest' in directives(cell), cell.source
 
+@every_notebook
+def test_every_figure_can_be_read_out_and_every_page_opened_elsewhere(path):
+    found = cells(path)
+    for cell in found:
+        if cell.cell_type=='code' and any('image/png' in o.get('data', {}) for o in cell.outputs): assert 'fig-alt:' in cell.source, cell.source
+    if path.stem=='index': return
+    assert f'https://colab.research.google.com/github/genrobust/genrobust/blob/{SETTINGS["branch"]}/nbs/{path.name}' in found[1].source
+    assert any('/content' in c.source and {'hide', 'eval:'} <= directives(c) for c in found)
+
 def test_slow_cells_only_write_results_and_fast_ones_only_read_them():
     for path in NOTEBOOKS:
         for cell in cells(path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['linear_step', 'deepfool', 'truncated_deepfool']
 
-# %% ../../nbs/05_deepfool.ipynb #05-003
+# %% ../../nbs/05_deepfool.ipynb #05-005
 import math
 from numbers import Real
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .core import AttackResult, check_counts, check_positive, check_range, require, resolution, run
 
-# %% ../../nbs/05_deepfool.ipynb #05-006
+# %% ../../nbs/05_deepfool.ipynb #05-008
 def linear_step(
     gap:Tensor, # `[B,C]`: how far each boundary is, in logits; inf for one to be ignored
     w:Tensor, # `[B,C,...]`: gradient that closes each gap
@@ -33,7 +33,7 @@ def linear_step(
     u = u[rows,l]
     return (length[:,None]*u.abs().pow(q-1)*u.sign()).view_as(w[:,0])
 
-# %% ../../nbs/05_deepfool.ipynb #05-010
+# %% ../../nbs/05_deepfool.ipynb #05-012
 def _norm(x, p): return x.flatten(1).norm(p, dim=1)
 
 def _share(estimate, walked, overshoot, step):
@@ -62,7 +62,7 @@ def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
     settings = dict(attack=name, p=p, steps=steps, overshoot=overshoot, step=step)
     return run(lambda problem: _deepfool(problem, p, steps, overshoot, step), model, x, y, settings=settings, **kwargs)
 
-# %% ../../nbs/05_deepfool.ipynb #05-012
+# %% ../../nbs/05_deepfool.ipynb #05-014
 @delegates(run, but='minimum_norm')
 def deepfool(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`

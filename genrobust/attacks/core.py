@@ -6,7 +6,7 @@
 __all__ = ['margin', 'log_odds', 'resolution', 'require', 'jacobian', 'AttackResult', 'Problem', 'Best', 'Nearest',
            'check_counts', 'check_range', 'check_positive', 'run', 'Rescored', 'rescore', 'random_noise', 'one_vs_all']
 
-# %% ../../nbs/03_attacks.ipynb #03-003
+# %% ../../nbs/03_attacks.ipynb #03-005
 import hashlib, json, math, os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -23,7 +23,7 @@ from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-# %% ../../nbs/03_attacks.ipynb #03-006
+# %% ../../nbs/03_attacks.ipynb #03-008
 def _others(logits, y): return logits.scatter(1, y[:,None], -torch.inf)
 
 def margin(
@@ -47,7 +47,7 @@ def resolution(
     kind = torch.finfo(logits.dtype)
     return 8*kind.eps*logits.abs().amax(1).clamp_min(kind.tiny**.5)  # never 0, not even where all logits are
 
-# %% ../../nbs/03_attacks.ipynb #03-009
+# %% ../../nbs/03_attacks.ipynb #03-011
 def require(ok:bool, message:str) -> None:
     "Raise a `ValueError` unless `ok`."
     if not ok: raise ValueError(message)
@@ -79,7 +79,7 @@ def _jacobian(model, x, n_classes):
     logits = _differentiable(model(x))
     return logits.detach(), torch.stack([torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in logits.unbind(1)], 1)
 
-# %% ../../nbs/03_attacks.ipynb #03-015
+# %% ../../nbs/03_attacks.ipynb #03-017
 @dataclass(repr=False)
 class AttackResult:
     "What an attack did to each of N images"
@@ -137,7 +137,7 @@ class AttackResult:
 
     def __repr__(self): return f"AttackResult({', '.join(f'{k}={v:.4g}' if isinstance(v, float) else f'{k}={v}' for k,v in self.summary().items())})"
 
-# %% ../../nbs/03_attacks.ipynb #03-017
+# %% ../../nbs/03_attacks.ipynb #03-019
 @patch
 def _tensors(self:AttackResult): return {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
 
@@ -170,7 +170,7 @@ def cat(cls:AttackResult, results:list[AttackResult]) -> AttackResult:
         raise ValueError("expected results of one attack with the same settings; found several")
     return cls(**{k: torch.cat([first[k], *[o[k] for o in others]]) for k in first}, settings=results[0].settings)
 
-# %% ../../nbs/03_attacks.ipynb #03-019
+# %% ../../nbs/03_attacks.ipynb #03-021
 def _key(*parts):
     "A 32-bit seed that depends on all parts"
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), 'big')
@@ -255,7 +255,7 @@ class Problem:
         if self._rngs is None: self._rngs = [torch.Generator().manual_seed(_key(self.seed, int(n))) for n in self.positions]
         return torch.stack([draw(self.x.shape[1:], generator=self._rngs[n]) for n in i.tolist()]).to(self.x)
 
-# %% ../../nbs/03_attacks.ipynb #03-021
+# %% ../../nbs/03_attacks.ipynb #03-023
 class Best:
     "The point of lowest margin that each image of a problem has visited"
     def __init__(self, problem:Problem):
@@ -269,7 +269,7 @@ class Best:
         self.x[i[better]], self.margin[i[better]] = x.detach()[better], new[better]
         self.won[i] |= self.problem.fooled(logits, i)
 
-# %% ../../nbs/03_attacks.ipynb #03-023
+# %% ../../nbs/03_attacks.ipynb #03-025
 class Nearest:
     "The point of smallest `p`-norm change, `kappa` beyond the boundary, that each image of a problem has visited"
     def __init__(self, problem:Problem, p:float=2, kappa:float=0):
@@ -285,7 +285,7 @@ class Nearest:
         self.x[i[better]], self.norm[i[better]] = x.detach()[better], norm[better]
         return won
 
-# %% ../../nbs/03_attacks.ipynb #03-025
+# %% ../../nbs/03_attacks.ipynb #03-027
 def check_counts(**counts) -> None:
     "Raise a `ValueError` unless each is a whole number of at least 1."
     for name, value in counts.items(): require(isinstance(value, Integral) and not isinstance(value, bool) and value>=1, f"{name} must be a whole number of at least 1, found {value!r}")
@@ -347,7 +347,7 @@ def _device(model, x):
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
     return tensors[0].device if tensors else x.device
 
-# %% ../../nbs/03_attacks.ipynb #03-027
+# %% ../../nbs/03_attacks.ipynb #03-029
 def _attack_batch(solve, minimum_norm, model, x, y, target, bounds, seed, positions):
     "Attack one batch; the tensors of an `AttackResult`"
     try:
@@ -375,7 +375,7 @@ def _attack_batch(solve, minimum_norm, model, x, y, target, bounds, seed, positi
     result = dict(x=x, x_adv=x_adv, y=y, y_adv=y_adv, success=success, initially_wrong=before!=y, forwards=forwards, backwards=backwards)
     return result if target is None else dict(result, target=target)
 
-# %% ../../nbs/03_attacks.ipynb #03-029
+# %% ../../nbs/03_attacks.ipynb #03-031
 def run(
     solve:Callable, # `Problem` to attacked images
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`, in eval mode
@@ -412,7 +412,7 @@ def run(
             parts.append({k: v.to(x.device) for k,v in part.items()})
     return AttackResult(**{k: torch.cat([part[k] for part in parts]) for k in parts[0]}, settings=settings)
 
-# %% ../../nbs/03_attacks.ipynb #03-031
+# %% ../../nbs/03_attacks.ipynb #03-033
 class Rescored(NamedTuple):
     "How attacked images fare on fresh noise; each `[N]`, nan or False where the image was not attacked"
     share: Tensor    # Share of draws fooled
@@ -448,7 +448,7 @@ def rescore(
     lead = margin(votes, result.y) < 0 if result.target is None else margin(votes, result.target) > 0
     return Rescored(share, lead & result.attacked, fooled.any(0) & result.attacked, draws)
 
-# %% ../../nbs/03_attacks.ipynb #03-033
+# %% ../../nbs/03_attacks.ipynb #03-035
 @delegates(run, but='minimum_norm')
 def random_noise(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
@@ -463,7 +463,7 @@ def random_noise(
     def solve(problem): return problem.clip(problem.x + eps*(2*problem.random(torch.rand, problem.all)-1))
     return run(solve, model, x, y, settings=dict(attack='random_noise', eps=eps), minimum_norm=False, **kwargs)
 
-# %% ../../nbs/03_attacks.ipynb #03-050
+# %% ../../nbs/03_attacks.ipynb #03-052
 def one_vs_all(
     attack:Callable, # An attack of this package
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`

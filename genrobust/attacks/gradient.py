@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fgsm', 'pgd', 'mim', 'apgd']
 
-# %% ../../nbs/04_fgsm.ipynb #04-003
+# %% ../../nbs/04_fgsm.ipynb #04-005
 import math
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .core import AttackResult, Best, check_counts, check_positive, check_range, log_odds, margin, require, run
 
-# %% ../../nbs/04_fgsm.ipynb #04-006
+# %% ../../nbs/04_fgsm.ipynb #04-008
 def _logit(logits, y): return logits.gather(1, y[:,None]).squeeze(1)
 
 def _climb(score):
@@ -33,7 +33,7 @@ def _check_ball(eps, p):
     check_range(0, math.inf, eps=eps)
     require(p in (2, torch.inf), f"p must be 2 or inf, found {p!r}")
 
-# %% ../../nbs/04_fgsm.ipynb #04-012
+# %% ../../nbs/04_fgsm.ipynb #04-014
 def _flat(x, values): return values.view(-1, *[1]*(x.ndim-1))
 
 def _unit(g, p):
@@ -48,7 +48,7 @@ def _project(delta, eps, p):
     norm = delta.flatten(1).norm(dim=1)
     return delta*_flat(delta, (eps/norm.clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1))
 
-# %% ../../nbs/04_fgsm.ipynb #04-014
+# %% ../../nbs/04_fgsm.ipynb #04-016
 @delegates(run, but='minimum_norm')
 def fgsm(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
@@ -68,7 +68,7 @@ def fgsm(
         return problem.clip(problem.x + eps*_unit(g, p))
     return run(solve, model, x, y, settings=dict(attack='fgsm', eps=eps, p=p, loss=loss), minimum_norm=False, **kwargs)
 
-# %% ../../nbs/04_fgsm.ipynb #04-018
+# %% ../../nbs/04_fgsm.ipynb #04-020
 def _ball_start(problem, i, eps, p):
     "A random point, uniform in the ball around each image"
     if p==torch.inf: delta = problem.random(torch.rand, i)*2-1
@@ -157,14 +157,14 @@ def mim(
         return _restart(problem, 1, problem.x.__getitem__, climb)
     return run(solve, model, x, y, settings=dict(attack='mim', eps=eps, p=p, step_size=step_size, steps=steps, decay=decay, loss=loss), minimum_norm=False, **kwargs)
 
-# %% ../../nbs/04_fgsm.ipynb #04-022
+# %% ../../nbs/04_fgsm.ipynb #04-024
 def _checkpoints(steps):
     "The steps at which APGD asks whether an image has stalled (Croce and Hein, 2020, section 3.3), 0 included"
     percent = [0, 22]
     while percent[-1]<100: percent.append(percent[-1] + max(percent[-1]-percent[-2]-3, 6))
     return {-(-n*steps//100) for n in percent[:-1]}
 
-# %% ../../nbs/04_fgsm.ipynb #04-025
+# %% ../../nbs/04_fgsm.ipynb #04-027
 def _where(mask, new, old): return [torch.where(_flat(n, mask), n, o) for n,o in zip(new, old)]
 
 def _adapt(problem, x, i, best, objective, eps, p, steps, alpha, rho):
@@ -186,7 +186,7 @@ def _adapt(problem, x, i, best, objective, eps, p, steps, alpha, rho):
         x, last = _confine(problem, x + a*(z-x) + (1-a)*(x-last), i, eps, p), x
     return x
 
-# %% ../../nbs/04_fgsm.ipynb #04-027
+# %% ../../nbs/04_fgsm.ipynb #04-029
 def _dlr(logits, y, target):
     "The difference of logits ratio (Croce and Hein, 2020, eqs. 6 and 7)"
     need = 3 if target is None else 4
@@ -196,7 +196,7 @@ def _dlr(logits, y, target):
 
 _losses['dlr'] = _dlr
 
-# %% ../../nbs/04_fgsm.ipynb #04-029
+# %% ../../nbs/04_fgsm.ipynb #04-031
 @delegates(run, but='minimum_norm')
 def apgd(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`

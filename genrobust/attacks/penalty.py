@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Adam', 'minimise', 'check_penalty', 'linear_scale', 'carlini_wagner']
 
-# %% ../../nbs/06_carlini_wagner.ipynb #06-003
+# %% ../../nbs/06_carlini_wagner.ipynb #06-005
 import math
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .core import AttackResult, Nearest, Problem, _others, check_counts, check_positive, check_range, run
 
-# %% ../../nbs/06_carlini_wagner.ipynb #06-008
+# %% ../../nbs/06_carlini_wagner.ipynb #06-010
 class Adam:
     "Directions for minimising over `[N,D]` (Kingma and Ba, 2015, algorithm 1); any part at a time, each coordinate counting its own steps"
     def __init__(self, x:Tensor, beta1:float=.9, beta2:float=.999):
@@ -27,7 +27,7 @@ class Adam:
         self.m[index], self.v[index], self.t[index] = m, v, t
         return -(m/(1-a**t))/((v/(1-b**t)).sqrt() + torch.finfo(g.dtype).tiny)
 
-# %% ../../nbs/06_carlini_wagner.ipynb #06-014
+# %% ../../nbs/06_carlini_wagner.ipynb #06-016
 def _descend(problem, nearest, x, c, lr, steps, gradient, look):
     "Minimise distance and penalty from `x`, in place; whether each image crossed on the way"
     i, adam, crossed = problem.all, Adam(x), torch.zeros_like(c, dtype=torch.bool)
@@ -50,7 +50,7 @@ def _descend(problem, nearest, x, c, lr, steps, gradient, look):
     if len(i): crossed[i] |= nearest.see(x[i], look(x[i], i), i)
     return crossed
 
-# %% ../../nbs/06_carlini_wagner.ipynb #06-016
+# %% ../../nbs/06_carlini_wagner.ipynb #06-018
 def minimise(
     problem:Problem, # `B` images of `D` pixels each
     gradient:Callable, # `(f, x, i)`, of `b` of the images, to logits `[b,C]`, the gradient of `f(logits, i)` in `n` pixels at `x[i]` `[b,n]`, and the index of these pixels in `[B,D]`
@@ -79,7 +79,7 @@ def check_penalty(c, lr, kappa, binary_search_steps) -> None:
     check_positive(**{name: value for name, value in dict(c=c, lr=lr).items() if value is not None})
     check_counts(binary_search_steps=binary_search_steps)
 
-# %% ../../nbs/06_carlini_wagner.ipynb #06-018
+# %% ../../nbs/06_carlini_wagner.ipynb #06-020
 def linear_scale(
     problem, # A `Problem`
     distance:Tensor, # Of the boundary, estimated `[B]`
@@ -125,7 +125,7 @@ def _start(problem, kappa, c, lr):
         distance, gap = torch.where(nearer, length, distance), torch.where(nearer, to_close, gap)
     return x, *linear_scale(problem, distance, gap, .5, c, lr)
 
-# %% ../../nbs/06_carlini_wagner.ipynb #06-019
+# %% ../../nbs/06_carlini_wagner.ipynb #06-021
 @delegates(run, but='minimum_norm')
 def carlini_wagner(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['zoo', 'spsa', 'square', 'hop_skip_jump']
 
-# %% ../../nbs/07_zoo.ipynb #07-003
+# %% ../../nbs/07_zoo.ipynb #07-005
 import math
 from itertools import count
 
@@ -18,7 +18,7 @@ from .core import AttackResult, Best, Nearest, _check_within, check_counts, chec
 from .gradient import _check_ball, _confine, _flat, _unit
 from .penalty import Adam, check_penalty, linear_scale, minimise
 
-# %% ../../nbs/07_zoo.ipynb #07-012
+# %% ../../nbs/07_zoo.ipynb #07-014
 def _each(judge, logits, i):
     "`judge(logits, i)` of several points an image: `[len(i),n,C]` to `[len(i),n]`"
     return judge(logits.flatten(0, 1), i.repeat_interleave(logits.shape[1])).view(logits.shape[:2])
@@ -48,7 +48,7 @@ def _differences(problem, coordinates, h, importance, repeats):
         return look(x[i], i), torch.cat([slopes(f, x, i, part) for part in j.split(32, 1)], 1), (i[:,None], j)
     return gradient, look
 
-# %% ../../nbs/07_zoo.ipynb #07-016
+# %% ../../nbs/07_zoo.ipynb #07-018
 def _check_width(problem, h):
     least = 16*torch.finfo(problem.x.dtype).eps*max(map(abs, problem.bounds))
     require(h>=least, f"h must be at least {least:.2g}, or rounding swallows it, found {h}")
@@ -91,7 +91,7 @@ def zoo(
     settings = dict(attack='zoo', max_queries=max_queries, h=h, coordinates=coordinates, importance=importance, repeats=repeats, **search)
     return run(solve, model, x, y, settings=settings, **kwargs)
 
-# %% ../../nbs/07_zoo.ipynb #07-022
+# %% ../../nbs/07_zoo.ipynb #07-024
 def _draws(problem, draw, n, i):
     "`n` draws for each image, in parts `[len(i),<=32,...]`"
     for part in torch.arange(n).split(32): yield problem.random(lambda shape, generator: draw((len(part), *shape), generator=generator), i)
@@ -107,7 +107,7 @@ def _slope(problem, x, i, samples, h):
         g += torch.einsum('bn,bn...->b...', (above-below)/(2*h*samples), v)
     return g
 
-# %% ../../nbs/07_zoo.ipynb #07-025
+# %% ../../nbs/07_zoo.ipynb #07-027
 @delegates(run, but='minimum_norm')
 def spsa(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`; only queried
@@ -140,7 +140,7 @@ def spsa(
     settings = dict(attack='spsa', eps=eps, p=p, steps=steps, samples=samples, h=h, lr=lr)
     return run(solve, model, x, y, settings=settings, minimum_norm=False, **kwargs)
 
-# %% ../../nbs/07_zoo.ipynb #07-031
+# %% ../../nbs/07_zoo.ipynb #07-033
 def _share(p_init, step, max_queries):
     "Of the pixels, what a step changes"
     return p_init/2**sum(step/max_queries > m for m in (.001, .005, .02, .1, .2, .4, .6, .8))
@@ -155,7 +155,7 @@ def _sides(share, height, width):
     side = (share*height*width)**.5
     return tuple(min(max(round(max(side, share*n)), 1), n) for n in (height, width))
 
-# %% ../../nbs/07_zoo.ipynb #07-034
+# %% ../../nbs/07_zoo.ipynb #07-036
 def _window(problem, i, sides, size):
     "Flat indices `[len(i),1,h*w]` of a window of these sides, anywhere within the image"
     corner = problem.random(lambda _, generator: torch.rand(2, generator=generator), i)
@@ -179,7 +179,7 @@ def _square(problem, x, i, eps, share):
     idle = (new==old).flatten(1).all(1)[:,None,None]
     return now.scatter(2, window, torch.where(idle, problem.clip(centre - eps*sign), new)).view_as(x)
 
-# %% ../../nbs/07_zoo.ipynb #07-037
+# %% ../../nbs/07_zoo.ipynb #07-039
 def _hill(h, w, like):
     "Highest at the centre of a rectangle, lowest at its border"
     distance = torch.maximum((torch.arange(h)-h//2).abs()[:,None], (torch.arange(w)-w//2).abs())
@@ -211,7 +211,7 @@ def _two_squares(problem, x, i, eps, share):
     bump = F.normalize(_signs(problem, i, channels, 1)*pattern[:,None] + F.normalize(change.gather(2, first), dim=2), dim=2)
     return problem.clip(centre + rest.scatter(2, first, budget[:,:,None]*bump)).view_as(x)
 
-# %% ../../nbs/07_zoo.ipynb #07-041
+# %% ../../nbs/07_zoo.ipynb #07-043
 @delegates(run, but='minimum_norm')
 def square(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`; only queried
@@ -242,7 +242,7 @@ def square(
     settings = dict(attack='square', eps=eps, p=p, max_queries=max_queries, p_init=p_init)
     return run(solve, model, x, y, settings=settings, minimum_norm=False, **kwargs)
 
-# %% ../../nbs/07_zoo.ipynb #07-047
+# %% ../../nbs/07_zoo.ipynb #07-049
 class _Labels(Nearest):
     "Asks for labels alone, at most `max_queries` times an image, and keeps the nearest point that fools"
     def __init__(self, problem, p, max_queries):
@@ -258,7 +258,7 @@ class _Labels(Nearest):
         if able.any(): won[able] = self.problem.fooled(self.problem.logits(x[able], i[able]), i[able])
         return self.keep(x, won, i)
 
-# %% ../../nbs/07_zoo.ipynb #07-049
+# %% ../../nbs/07_zoo.ipynb #07-051
 def _shorten(problem, x, i, share, p):
     "`x` with its change reduced to a share of its norm: by scaling, or for p = inf by clipping"
     change = x-problem.x[i]
@@ -295,7 +295,7 @@ def _jump(labels, x, i, direction, length):
         waiting = waiting[~won]
     return landed
 
-# %% ../../nbs/07_zoo.ipynb #07-053
+# %% ../../nbs/07_zoo.ipynb #07-055
 def _noise(shape, generator):
     "Uniform in [0, 1], to a random power"
     return torch.rand(shape, generator=generator)**2**(8*torch.rand((), generator=generator)-4)
