@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 import yaml
 
 import genrobust
@@ -79,6 +80,30 @@ def test_the_site_is_processed_and_its_links_lead_somewhere():
         for link in re.findall(r'\]\(([^)#]+)(?:#[^)]*)?\)', text):
             assert link.startswith('https://') or (pages/link.replace('.html', '.ipynb')).exists(), (path.name, link)
         assert not any(o.output_type=='error' for c in cells(path) if c.cell_type=='code' for o in c.outputs)
+
+def test_workflows_are_valid_and_call_what_a_person_calls():
+    files = sorted((ROOT/'.github/workflows').glob('*.yml'))
+    checked = subprocess.run([sys.executable, '-m', 'check_jsonschema', '--builtin-schema', 'vendor.github-workflows', *files], capture_output=True, text=True)
+    assert checked.returncode==0, checked.stdout
+    jobs = {name: job for path in files for name,job in yaml.safe_load(path.read_text())['jobs'].items()}
+    commands = [step['run'] for job in jobs.values() for step in job['steps'] if 'run' in step]
+    targets = re.findall(r'^([a-z-]+):', (ROOT/'Makefile').read_text(), re.M)
+    assert sorted(commands)==['make docs', 'make test'] and all(c.split()[1] in targets for c in commands)
+    python = jobs['test']['strategy']['matrix']['python']
+    assert python[0]==SETTINGS['min_python'] and f'Python {python[0]} to {python[-1]}' in (ROOT/'README.md').read_text()
+
+def test_what_contributing_says_can_be_done(tmp_path):
+    "Its attack works as it stands, and what it names is there"
+    text = (ROOT/'CONTRIBUTING.md').read_text()
+    attack, = re.findall(r'```python\n(.*?)```', text, re.S)
+    found = {}
+    exec('import torch\nfrom torch import nn, Tensor\nfrom fastcore.meta import delegates\nfrom genrobust.attacks.core import *\n'+attack, found)
+    x = torch.rand(5, 1, 6, 6)
+    result = found['blur'](torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)).eval(), x, share=1)
+    assert torch.allclose(result.x_adv, x.mean((2, 3), keepdim=True).expand_as(x)) and result.settings['share']==1
+    for link in re.findall(r'\]\(([^)]+)\)', text): assert (ROOT/link).exists(), link
+    for name in ('tests/notebooks.py', 'CITATION.cff', 'genrobust/pretrained/'): assert name in text and (ROOT/name).exists()
+    assert yaml.safe_load((ROOT/'CITATION.cff').read_text())['version']==SETTINGS['version']
 
 @pytest.mark.parametrize('name', MODULES)
 def test_public_functions_are_documented(name):
