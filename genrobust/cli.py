@@ -25,7 +25,7 @@ from .bench import bench
 from .data import Images, Splits, load
 from .detection import detect, detected, let_through
 from .models import LOG_NORMALISER, build, load_pretrained, load_tensors, predict, pretrained_names, save_model, write_whole
-from .results import PRESETS, reproduce, tables, wilson, writable
+from .results import ATTACKS, PRESETS, reproduce, tables, wilson, writable
 from .training import fit, processes
 
 # %% ../nbs/12_cli.ipynb #12-008
@@ -103,8 +103,8 @@ def _train(args):
         for job in jobs[rank::of]: job(splits)
 
 def _reproduce(args):
-    folder = reproduce(args.preset, args.out, data=args.data, root=args.root, device=args.device, progress=args.progress, say=partial(print, flush=True))
-    print(f'\n{tables(folder)}\n\nWritten to {folder}')
+    folder = reproduce(args.preset, args.out, args.models, args.attacks, data=args.data, root=args.root, device=args.device, progress=args.progress, say=partial(print, flush=True))
+    if folder: print(f'\n{tables(folder)}\n\nWritten to {folder}')
 
 def _bench(args): print(f"Written to {bench(**{k: v for k,v in vars(args).items() if k!='run'}, say=partial(print, flush=True))}")
 
@@ -236,10 +236,12 @@ def _parser():
     guard.add_argument('--out', metavar='FILE', help='.csv file for the ROC curves (default: beside the result)')
     _options(guard, detect)
 
-    redo = commands.add_parser('reproduce', parents=[common], help="the report's tables beside ours")
+    redo = commands.add_parser('reproduce', parents=[common], help="the report's tables beside ours, from where it stopped", description=reproduce.__doc__)
     redo.set_defaults(run=_reproduce)
     redo.add_argument('--preset', choices=PRESETS, default='quick', help='how much is measured (default: %(default)s)')
-    redo.add_argument('--out', help='folder to write to (default: results/PRESET)')
+    redo.add_argument('--models', nargs='+', default=['dfz', 'gfz', 'cnn'], metavar='MODEL', help=f"of {', '.join(pretrained_names())}, or paths of .safetensors files (default: dfz gfz cnn)")
+    redo.add_argument('--attacks', nargs='+', default=list(ATTACKS), choices=ATTACKS, metavar='ATTACK', help=f"of {', '.join(map(repr, ATTACKS))} (default: all)")
+    redo.add_argument('--out', help='folder to write to (default: results/PRESET); stages that are done lie there in stages/')
 
     race = commands.add_parser('bench', help='time the attacks beside those of other libraries', description=bench.__doc__)
     race.set_defaults(run=_bench)

@@ -9,13 +9,20 @@ from fastcore.docments import docments
 
 from genrobust import attacks, cli, data, results
 from genrobust.attacks import AttackResult
+from genrobust.data import Images
 from genrobust.models import CNN, BayesClassifier, load_tensors, save_model
 from genrobust.results import Preset, reproduce
+from genrobust.training import fit
 
 def genrobust(*args, **kw):
     "A process of its own, on one thread"
     command = [sys.executable, '-c', 'import sys; from genrobust.cli import main; sys.exit(main())', *map(str, args)]
     return subprocess.Popen(command, env=dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+def torchrun(*args):
+    "Two processes"
+    env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg', PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
+    return subprocess.Popen(['torchrun', '--no-python', '--nproc-per-node', '2', 'genrobust', *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 def train(out, epochs, *args): return genrobust('train', 'gfz', '--data', 'synthetic', '--images', 300, '--epochs', epochs, '--no-progress', '--out', out, *args)
 
@@ -39,8 +46,7 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path):
 def test_two_processes_train_what_one_trains(tmp_path):
     "torchrun shares models and seeds out (gloo); done again, nothing is trained or written"
     args = ['train', 'cnn', 'cnn_at', '--seed', '0', '1', '--data', 'synthetic', '--images', '200', '--epochs', '1', '--no-progress']
-    env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg', PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
-    spread = subprocess.Popen(['torchrun', '--no-python', '--nproc-per-node', '2', 'genrobust', *args, '--folder', tmp_path/'two'], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    spread = torchrun(*args, '--folder', tmp_path/'two')
     alone = genrobust(*args, '--folder', tmp_path/'one')
     for process in (spread, alone):
         out = process.communicate()[0]
@@ -75,13 +81,34 @@ def test_a_corrupt_archive_is_not_replaced_by_synthetic_images(tmp_path):
 def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, monkeypatch):
     def offline(*args, **kw): raise OSError('no network')
     monkeypatch.setattr(data, 'download_url', offline)
-    monkeypatch.setattr(results, '_stand_in', lambda name, *_: BayesClassifier(name, n_samples=2).eval())
+    images = data.load('synthetic')
+    clf = CNN(hidden=50)
+    fit(clf, Images(*[v[:1500] for v in images.train]), Images(*[v[:200] for v in images.valid]), epochs=4, lr=3e-3, batch_size=50, device='cpu', progress=False)
+    monkeypatch.setattr(results, '_stand_in', lambda *_: clf.requires_grad_(False))
     said = []
-    folder = reproduce(Preset(clean=30, attacked=4, seeds=2, draws=2), out=tmp_path/'out', root=tmp_path, device='cpu', say=said.append)
+    folder = reproduce(Preset(train=500, valid=60, test=30, attacked=4, seeds=2, draws=2), out=tmp_path/'out', models=['dfz', 'cnn'], root=tmp_path, device='cpu', say=said.append)
     assert 'synthetic' in said[0] and 'no network' in said[0]
-    assert sorted(p.name for p in folder.iterdir())==['accuracy.csv', 'examples.png', 'images.csv', 'seconds.csv', 'settings.json', 'tables.md']
+    assert sorted(p.name for p in folder.iterdir())==['clean.csv', 'detectors.csv', 'examples.png', 'images.csv', 'seconds.csv', 'settings.json', 'stages', 'tables.md']
     titles = [line for line in (folder/'tables.md').read_text().splitlines() if line.startswith('**')]
-    assert len(titles)==4 and all('synthetic' in title for title in titles)
+    assert len(titles)==5 and all('synthetic' in title for title in titles)
+
+def test_a_study_killed_or_spread_over_processes_ends_in_the_same_numbers(tmp_path, fashion):
+    args = ['reproduce', '--preset', 'quick', '--models', 'cnn', '--attacks', 'FGS', 'Truncated-DeepFool', '--device', 'cpu']
+    killed = genrobust(*args, '--out', tmp_path/'killed')
+    while len(list(tmp_path.glob('killed/stages/*.safetensors')))<5 and killed.poll() is None: time.sleep(.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path/'killed/tables.md').exists()
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob('killed/stages/*.safetensors')}
+    spread = torchrun(*args, '--out', tmp_path/'spread')
+    for process in (genrobust(*args, '--out', tmp_path/'killed'), genrobust(*args, '--out', tmp_path/'straight'), spread):
+        out, errors = process.communicate()
+        assert process.returncode==0 and out.count('Written to')==1, errors or out
+    assert all(p.stat().st_mtime_ns==then for p,then in kept.items())
+    for file in ('images', 'clean', 'detectors'):
+        first, *others = ((tmp_path/folder/f'{file}.csv').read_text() for folder in ('straight', 'killed', 'spread'))
+        assert len(first)>100 and others==[first, first], file
+    assert len(list(tmp_path.glob('straight/stages/*')))==len(list(tmp_path.glob('spread/stages/*')))==3+2*5
 
 ATTACKS = [f for f in vars(attacks).values() if inspect.isfunction(f) and list(inspect.signature(f).parameters)[:3]==['model', 'x', 'y']]
 
