@@ -90,6 +90,7 @@ def _job(args, name, seed):
     if name not in DROPOUT: raise ValueError(f"no model {name!r}; there are {', '.join(DROPOUT)}")
     at, stem = name=='cnn_at', name + f'-scarce{args.scarce}'*(args.scarce is not None) + f'-{seed}'*(seed>0)
     clf = build('cnn' if at else name, seed=seed, dropout=DROPOUT[name] if args.dropout is None else args.dropout)
+    if (args.scarce or 0)>=clf.n_classes: raise ValueError(f"--scarce must be a class, 0 to {clf.n_classes-1}, not {args.scarce}")
     out, checkpoint = _files(args.out or Path(args.folder)/f'{stem}.safetensors', '.checkpoint')
     writable(out.parent)
     return partial(_fit_one, args, clf=clf, adversary=pgd_start if at else None, out=out, checkpoint=checkpoint, seed=seed)
@@ -99,8 +100,12 @@ def _train(args):
     jobs = [_job(args, *job) for job in product(dict.fromkeys(DROPOUT if args.all else map(str.lower, args.model)), dict.fromkeys(args.seed))]
     if args.out and len(jobs)>1: raise ValueError(f"--out names one file, and there are {len(jobs)} models to train; --folder takes them all")
     splits = Splits(*[_first(part, args.images) for part in load(args.data, args.root)])
+    failed = []
     with processes() as (rank, of):
-        for job in jobs[rank::of]: job(splits)
+        for job in jobs[rank::of]:
+            try: job(splits)
+            except ValueError as e: failed.append(str(e))
+    if failed: raise ValueError('; '.join(failed))
 
 def _reproduce(args):
     folder = reproduce(args.preset, args.out, args.models, args.attacks, data=args.data, root=args.root, device=args.device, progress=args.progress, say=partial(print, flush=True))
@@ -169,7 +174,9 @@ def _attack(attack, args):
 # %% ../nbs/12_cli.ipynb #12-018
 def _detect(args):
     result, out = AttackResult.load(args.result), Path(args.out or Path(args.result).with_suffix('.roc.csv'))
-    if out.suffix!='.csv': raise ValueError(f"--out must name a .csv file, not {out}")
+    if out.suffix!='.csv' or out.is_dir(): raise ValueError(f"--out must name a .csv file, not {out}")
+    for name in ('model', 'data'):
+        if (made := result.settings.get(name, getattr(args, name)))!=getattr(args, name): raise ValueError(f"{args.result} was made with --{name} {made}, not {getattr(args, name)}")
     if not result.success.any(): raise ValueError(f"{args.result} holds no image that the attack won: there is nothing to detect")
     clf, splits = load_pretrained(args.model, args.device), load(args.data, args.root)
     writable(out.parent)

@@ -24,7 +24,7 @@ from scipy.stats import binomtest, bootstrap
 from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 
-from .attacks.core import AttackResult, require
+from .attacks.core import AttackResult, check_counts, require
 from .data import Images, Splits
 from .models import LOG_NORMALISER, NoDensityError, _digest, load_tensors, predict, save_tensors
 
@@ -66,11 +66,12 @@ class Detector:
         right = label==y.to(label.device)
         few = [c for c,n in enumerate(label[right].bincount(minlength=n_classes).tolist()) if n<2]
         require(not few, f"at least two training images of each class must be classified correctly; fewer are of the classes {few}")
-        self.statistics = self._reference(logits[right])
+        self.statistics, self.threshold, self.fpr = self._reference(logits[right]), None, None
         value, group = self.value(logits[right]), self._group(logits[right])
-        members = [value[group==c] for c in group.unique()]
-        self.statistics.update(mean=torch.stack([v.mean() for v in members]), std=torch.stack([v.std() for v in members]))
-        require(bool((self.statistics['std']>0).all()), "training images of a class must differ in what is measured")
+        mean, std = (torch.stack([of(value[group==c]) for c in group.unique()]) for of in (torch.mean, torch.std))
+        if not (std>0).all(): self.statistics = None
+        require(self.statistics is not None, "training images of a class must differ in what is measured")
+        self.statistics.update(mean=mean, std=std)
         return self
 
     def _choose(self, scores, fpr):
@@ -310,6 +311,7 @@ def detect(
     seed:int=0 # Of the fresh noise
 ) -> tuple[dict, pd.DataFrame]: # Detectors by name; the rows of `score_images`, with `attack` ('clean' where there is none), `success` and `initially_wrong`
     "Put every detector that a model can have before clean images and attacked ones, with fresh noise for each."
+    check_counts(n_train=n_train, n_valid=n_valid, n_clean=n_clean)
     train, valid, clean = (Images(*[v[:n] for v in part]) for part,n in zip(splits, (n_train, n_valid, n_clean)))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

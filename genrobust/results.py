@@ -95,7 +95,7 @@ def plan(
     def of(model):
         yield from (Stage(model, part, *ends) for part in ('train','valid','test') for ends in _pieces(getattr(preset, part), 2000))
         for attack in attacks:
-            for seed, chunk in enumerate(torch.arange(preset.images(attack)).chunk(preset.seeds)):
+            for seed, chunk in enumerate(torch.arange(preset.images(attack)).tensor_split(preset.seeds)):
                 yield from (Stage(model, attack, chunk[0].item()+a, chunk[0].item()+b, seed) for a,b in _pieces(len(chunk)))
     return [stage for model in models for stage in of(model)]
 
@@ -154,14 +154,17 @@ def _rows(stage, tensors, splits, detectors):
     if stage.what not in ATTACKS: return of.assign(attack='clean', success=False, initially_wrong=False)
     return of.assign(seed=stage.seed, **_result(stage, tensors, splits).to_frame().drop(columns='y'), **{k: tensors[k].numpy() for k in ('share','majority','worst')})
 
-def _collect(folder, done, clfs, splits, how):
+def _collect(folder, done, clfs, splits, how, say):
     "Write `images.csv`, `clean.csv`, `detectors.csv`, `seconds.csv`, `settings.json`, `examples.png` and `tables.md` from stages"
     for stage, tensors, _ in done: tensors['y'] = getattr(splits, stage.what, splits.test).y[stage.first:stage.last]
     frames, thresholds = [], []
     for model, clf in clfs.items():
         mine = [(stage, tensors) for stage, tensors, _ in done if stage.model==model]
         train, valid = (torch.cat([tensors['logits'] for stage, tensors in mine if stage.what==part]) for part in ('train','valid'))
-        detectors = detectors_from_logits(clf, train, splits.train.y[:len(train)], valid)
+        try: detectors = detectors_from_logits(clf, train, splits.train.y[:len(train)], valid)
+        except ValueError as e:
+            say(f'{model.upper()}: no detectors, for {e}')
+            detectors = {}
         rows = [_rows(stage, tensors, splits, detectors) for stage, tensors in mine if stage.what not in ('train','valid')]
         frames += rows
         clean = pd.concat(rows).query('attack=="clean"')
@@ -211,6 +214,8 @@ def reproduce(
     for attack in attacks:
         if attack not in ATTACKS: raise ValueError(f"no attack {attack!r} in the study; there are {', '.join(ATTACKS)}")
     name, preset = (preset, PRESETS[preset]) if isinstance(preset, str) else ('custom', preset)
+    models, attacks = list(dict.fromkeys(models)), [attack for attack in dict.fromkeys(attacks) if preset.images(attack)]
+    if not attacks or min(preset.train, preset.valid-19, preset.test)<1: raise ValueError(f"expected images under at least one attack, training and test images, and 20 validation images or more, found {preset}")
     if data not in ('fashion_mnist', 'synthetic'): raise ValueError(f"no weights for {data!r}; there are some for fashion_mnist, and synthetic trains its own")
     data, splits = load_or_synthetic(root, say) if data=='fashion_mnist' else (data, load(data))
     folder, start = writable(out or f'results/{name}'), time.perf_counter()
@@ -227,7 +232,7 @@ def reproduce(
             save_tensors(file, tensors, seconds=seconds, **settings)
     if rank: return None
     how = dict(data=data, preset=name, **preset._asdict(), device=device.type, threads=torch.get_num_threads(), torch=torch.__version__.split('+')[0])
-    _collect(folder, [(stage, *load_tensors(file)) for stage, file, _ in todo], clfs, splits, how)
+    _collect(folder, [(stage, *load_tensors(file)) for stage, file, _ in todo], clfs, splits, how, say)
     tell('done')
     return folder
 
@@ -273,7 +278,7 @@ def tables(
                         'majority': _rate(of.majority, of.seed), f"any of {settings['draws']}": _rate(of.worst, of.seed), 'n': n})
         rho.append({**who, 'report': _reported(r.model, 'rho', r.attack, '{:.3f}'), 'mean': _mean(won.rho), 'median': f'{won.rho.median():.3f}' if len(won) else '-', 'mean L2': _mean(won.l2, '{:.2f}'), 'n': len(won)})
         of_model = detectors[detectors.model==r.model].set_index('detector').threshold
-        caught.append({**who, 'report': _reported(r.model, 'detected', r.attack), **{name: _rate((won[name]>of_model[name]).astype(float)) if name in of_model else '-' for name in ('logit','marginal','kl')}, 'n': len(won)})
+        caught.append({**who, 'report': _reported(r.model, 'detected', r.attack), **{name: _rate(won[name]>of_model[name], won.seed) if name in of_model else '-' for name in ('logit','marginal','kl')}, 'n': len(won)})
     return '\n\n'.join([
         _markdown(f'Table 1. Accuracy, {label}', clean), _markdown(f'Table 2. Seconds for each image, {label}', timed),
         _markdown(f'Table 3. Success rate on images classified correctly, {label}', success),

@@ -123,6 +123,7 @@ def fit(
     train, valid = (Images(images.x.to(device), images.y.to(device)) for images in (train, valid))
     optimiser, average = _movers(model, lr)
     best, history = _resume(checkpoint, model, optimiser, average, settings) if checkpoint and Path(checkpoint).exists() else ({}, [])
+    if len(history)>epochs: raise ValueError(f"{checkpoint} has {len(history)} epochs behind it already, more than {epochs}")
     bar = master_bar(range(len(history), epochs), total=epochs) if progress else range(len(history), epochs)
     for epoch in bar:
         if patience and history and epoch-1-_best_epoch(history)>=patience: break

@@ -92,6 +92,20 @@ def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, mon
     titles = [line for line in (folder/'tables.md').read_text().splitlines() if line.startswith('**')]
     assert len(titles)==5 and all('synthetic' in title for title in titles)
 
+def test_detectors_judge_what_was_made_for_them(tmp_path):
+    save_model(CNN().eval(), tmp_path/'mine.safetensors')
+    out = genrobust('attack', 'random_noise', '--model', tmp_path/'mine.safetensors', '--data', 'synthetic', '--images', '30', '--out', tmp_path/'noise.safetensors', '--eps', '1').communicate()
+    assert (tmp_path/'noise.safetensors').exists(), out
+    for args, message in [(['--model', 'gfz', '--data', 'synthetic'], 'was made with --model'), (['--model', tmp_path/'mine.safetensors'], 'was made with --data synthetic')]:
+        process = genrobust('detect', '--result', tmp_path/'noise.safetensors', *args)
+        assert message in process.communicate()[1] and process.returncode==2
+
+def test_one_training_that_fails_does_not_stop_the_others(tmp_path):
+    (tmp_path/'cnn.checkpoint').write_bytes(b'cut short')
+    process = genrobust('train', 'cnn', 'dbx', '--data', 'synthetic', '--images', '100', '--epochs', '1', '--no-progress', '--folder', tmp_path)
+    out, errors = process.communicate()
+    assert process.returncode==2 and 'corrupt or truncated' in errors and 'DBX after 1 epochs' in out and (tmp_path/'dbx.safetensors').exists()
+
 def test_a_study_killed_or_spread_over_processes_ends_in_the_same_numbers(tmp_path, fashion):
     args = ['reproduce', '--preset', 'quick', '--models', 'cnn', '--attacks', 'FGS', 'Truncated-DeepFool', '--device', 'cpu']
     killed = genrobust(*args, '--out', tmp_path/'killed')

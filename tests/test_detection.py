@@ -64,6 +64,10 @@ def test_wrong_training_images_do_not_count_and_wrong_validation_images_do(model
     permuted = Images(splits.valid.x, splits.valid.y.roll(1))
     assert whole.calibrate(splits.valid).threshold==part.calibrate(permuted).threshold
 
+def test_learning_anew_forgets_the_threshold(model, splits):
+    detector = LogitDetector(model).fit(splits.train).calibrate(splits.valid)
+    with pytest.raises(ValueError, match='call calibrate first'): detector.fit(splits.train).rejects(splits.test.x)
+
 def test_prediction_and_score_share_their_noise(noisy, splits):
     "One call of the model for both, and for the label that comes of them"
     detector = LogitDetector(noisy).fit(splits.train).calibrate(splits.valid)
