@@ -132,7 +132,8 @@ class Classifier(nn.Module):
 
     def loss(self,
         x:Tensor, # `[B,1,28,28]`
-        y:Tensor  # `[B]`
+        y:Tensor, # `[B]`
+        kl:float=1. # Weight of what a code costs, where there is one
     ) -> Tensor:  # Scalar, nats
         "What training minimises: the cross-entropy."
         return F.cross_entropy(self(x), _check_labels(y, len(x), self.n_classes))
@@ -272,7 +273,7 @@ def _terms(self:BayesClassifier, x, y, noise):
 def _draw(self:BayesClassifier, *shape): return torch.randn(*shape, self.latent, device=self.labels.device, dtype=self.labels.dtype)
 
 # %% ../nbs/01_models.ipynb #01-029
-def _total(terms): return terms['x'] + terms['y'] + terms['z'] - terms['q']
+def _total(terms, kl=1.): return terms['x'] + terms['y'] + kl*terms['z'] - kl*terms['q']
 
 def _estimate(terms, draws=1):
     "Log-mean-exp over the samples of each draw, then the mean over draws: `[B,C,draws*K]` to `[B,C]`"
@@ -282,16 +283,17 @@ def _estimate(terms, draws=1):
 @patch
 def elbo(self:BayesClassifier,
     x:Tensor, # `[B,1,28,28]`
-    y:Tensor  # `[B]`
+    y:Tensor, # `[B]`
+    kl:float=1. # Weight of what the code costs, log q(z|x,y) - log p(z|.); any but 1 gives no bound
 ) -> Tensor: # `[B]` nats
     "One-sample estimate of the evidence lower bound: on log p(x,y), or on log p(y|x) where p(x|.) is dropped."
     terms = self._terms(_check_batch(x)[:,None], self.labels[_check_labels(y, len(x), self.n_classes)][:,None], self._draw(len(x), 1, 1))
-    return _total(terms).flatten() + (0 if self.factors.x is None else LOG_NORMALISER)
+    return _total(terms, kl).flatten() + (0 if self.factors.x is None else LOG_NORMALISER)
 
 @patch
-def loss(self:BayesClassifier, x:Tensor, y:Tensor) -> Tensor:
+def loss(self:BayesClassifier, x:Tensor, y:Tensor, kl:float=1.) -> Tensor:
     "What training minimises: the mean of -`elbo`."
-    return -self.elbo(x, y).mean()
+    return -self.elbo(x, y, kl).mean()
 
 @patch
 def log_terms(self:BayesClassifier,

@@ -36,14 +36,14 @@ def _meet(adversary, model, x, y):
     "The images to learn from: those of the adversary, if there is one, who meets the model in eval mode"
     return adversary(model.eval(), x, y) if adversary else x
 
-def _epoch(model, optimiser, average, data, batches, adversary, amp):
+def _epoch(model, optimiser, average, data, batches, prices, adversary, amp):
     "One pass over the training images; the mean loss"
     total = 0.
-    for index in batches:
+    for index, kl in zip(batches, prices):
         y = data.y[index]
         with torch.autocast(y.device.type, torch.bfloat16, enabled=amp):
             x = _meet(adversary, model, data.x[index], y)
-            loss = model.train().loss(x, y)
+            loss = model.train().loss(x, y, kl)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -110,15 +110,16 @@ def fit(
     adversary:Callable|None=None, # `adversary(model, x, y)` returns the images to train on in place of `x`
     checkpoint:str|Path|None=None, # File to save to after every epoch, and to resume from if it is there
     patience:int|None=10, # Stop when the validation bound has not risen for so many epochs
+    warmup:int=0, # Epochs over which the weight of the divergence of q(z|x,y) from p(z|.) grows from 0 to 1
     amp:bool=False, # Whether to compute in bfloat16 where that is safe (automatic mixed precision); weights stay float32
     device=None, # Default: `pick_device()`
     progress:bool=True # Show a bar
 ) -> list[dict]: # One entry an epoch: `epoch`, `train_bound`, `bound`, `accuracy`
     "Maximise the bound by Adam and keep the averaged weights of the best validation bound; `ValueError` if the loss stops being a number."
     if epochs<1 or batch_size<1 or not 0<lr<math.inf: raise ValueError(f"expected epochs >= 1, batch_size >= 1 and a finite lr > 0, found {epochs}, {batch_size} and {lr}")
-    if patience is not None and patience<1: raise ValueError(f"expected patience >= 1, found {patience}")
+    if warmup<0 or patience is not None and patience<1: raise ValueError(f"expected warmup >= 0 and patience >= 1, found {warmup} and {patience}")
     for name, part in zip(('training images', 'validation images'), (train, valid)): check_images(*part, n_classes=model.n_classes, source=name)
-    device, settings = pick_device(device), dict(lr=lr, batch_size=batch_size, seed=seed, amp=amp, adversary=_describe(adversary), data=_fingerprint(train, valid))
+    device, settings = pick_device(device), dict(lr=lr, batch_size=batch_size, seed=seed, warmup=warmup, amp=amp, adversary=_describe(adversary), data=_fingerprint(train, valid))
     model.to(device).requires_grad_(True)
     train, valid = (Images(images.x.to(device), images.y.to(device)) for images in (train, valid))
     optimiser, average = _movers(model, lr)
@@ -130,7 +131,8 @@ def fit(
         with torch.random.fork_rng():
             torch.manual_seed(seed*100_000+epoch)
             batches = torch.randperm(len(train.y)).to(device).split(batch_size)
-            train_loss = _epoch(model, optimiser, average, train, progress_bar(batches, parent=bar) if progress else batches, adversary, amp)
+            prices = [min(1., (epoch+n/len(batches))/warmup) if warmup else 1. for n in range(len(batches))]
+            train_loss = _epoch(model, optimiser, average, train, progress_bar(batches, parent=bar) if progress else batches, prices, adversary, amp)
             history.append(dict(epoch=epoch, train_bound=-train_loss, **evaluate(average.module, valid, adversary)))
         if not (math.isfinite(train_loss) and math.isfinite(history[-1]['bound'])):
             raise ValueError(f"training diverged in epoch {epoch}: the loss is {train_loss}, the validation bound {history[-1]['bound']}; try a smaller lr than {lr}")
@@ -143,7 +145,7 @@ def fit(
 
 def _best_epoch(history): return max(history, key=lambda h: h['bound'])['epoch']
 
-# %% ../nbs/02_training.ipynb #02-021
+# %% ../nbs/02_training.ipynb #02-026
 @contextmanager
 def processes():
     "This process's number, and how many there are, where `torchrun` started several: `(0, 1)` elsewhere; those that come first to the end wait for the others"
@@ -157,7 +159,7 @@ def processes():
         dist.barrier()
     finally: dist.destroy_process_group()
 
-# %% ../nbs/02_training.ipynb #02-024
+# %% ../nbs/02_training.ipynb #02-029
 def plot_history(
     histories:dict # Name: what `fit` returned
 ) -> plt.Figure:
@@ -165,11 +167,11 @@ def plot_history(
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
     for n, (name, history) in enumerate(histories.items()):
         epochs = [h['epoch']+1 for h in history]
-        left.plot(epochs, [h['train_bound'] for h in history], f'C{n}--', label=f'{name}, training')
-        left.plot(epochs, [h['bound'] for h in history], f'C{n}-', label=f'{name}, validation')
+        left.plot(epochs, [h['train_bound'] for h in history], f'C{n}--')
+        left.plot(epochs, [h['bound'] for h in history], f'C{n}-')
         right.plot(epochs, [h['accuracy'] for h in history], f'C{n}-', label=name)
-    left.set(xlabel='epoch', ylabel='bound (nats)', title='Evidence lower bound')
+    left.set(xlabel='epoch', ylabel='bound (nats)', title='Bound (dashed: training; solid: validation)')
     right.set(xlabel='epoch', ylabel='accuracy', title='Validation accuracy')
-    left.legend()
+    left.set_ylim(bottom=min(h['bound'] for history in histories.values() for h in history[len(history)//6:]))  # the first epochs are far below
     right.legend()
     return fig
