@@ -58,7 +58,7 @@ def pgd_start(model, x, y, eps=.1, steps=5):
     "What PGD makes of images that are classified correctly, each time from other random points (Madry et al., 2018)"
     return pgd(model, x, y, eps=eps, steps=steps, seed=torch.randint(2**31, ()).item()).x_adv
 
-RECIPES = {**{name: dict(dropout=0.) for name in ('gfz', 'dfz', 'gbz', 'gfy', 'gby')}, 'dfx': dict(dropout=.5), 'dbx': dict(dropout=.5, warmup=5),
+RECIPES = {**{name: dict(dropout=0.) for name in ('gfz', 'dfz', 'gbz', 'gfy', 'gby')}, 'dfx': dict(dropout=.5), 'dbx': dict(dropout=.2, warmup=5),
            'cnn': dict(dropout=.5), 'cnn_at': dict(dropout=.2, adversary=pgd_start)}  # what `build` and `fit` are given by default
 
 def _thin(images, label):
@@ -222,7 +222,7 @@ def _parser():
     train.add_argument('--images', type=_count, metavar='N', help='use only the first so many images of each part')
     train.add_argument('--scarce', type=partial(_count, low=0), metavar='CLASS', help='leave out nine in ten training and validation images of one class')
     _options(train, fit, without=('seed', 'checkpoint', 'progress', 'warmup'))
-    train.add_argument('--dropout', type=float, help='share of dense units dropped in training (default: none where a density is learnt, half for cnn, dfx and dbx, a fifth for cnn_at)')
+    train.add_argument('--dropout', type=float, help='share of dense units dropped in training (default: none where a density is learnt, half for cnn and dfx, a fifth for cnn_at and dbx)')
     train.add_argument('--warmup', type=int, metavar='INT', help='epochs over which the weight of what a code costs grows from 0 to 1 (default: 5 for dbx, else 0)')
 
     kinds = commands.add_parser('attack', help='attack a model and save the result', description='Attack a model and save the result.').add_subparsers(required=True, metavar='ATTACK')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_VALID', 'Images', 'Splits', 'DataError', 'DataUnavailable', 'check_images', 'data_root', 'synthetic', 'load',
-           'load_or_synthetic', 'class_names', 'set_style', 'show_images']
+           'load_or_synthetic', 'class_names', 'digits', 'set_style', 'show_images']
 
 # %% ../nbs/00_data.ipynb #00-005
 import gzip, os, shutil
@@ -17,6 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity, download_url
@@ -209,6 +211,15 @@ def class_names(
     return _datasets['fashion_mnist' if name=='synthetic' else name].classes
 
 # %% ../nbs/00_data.ipynb #00-026
+def digits(
+    n:int=1797 # How many, all at most
+) -> Images: # Labels are the digits
+    "Handwritten digits in the size of Fashion-MNIST's images (scikit-learn's; Alpaydin and Kaynak, 1998)."
+    found = load_digits()
+    if not 0<n<=len(found.target): raise DataError(f"there are {len(found.target)} digits, not {n}")
+    return Images(F.interpolate(torch.tensor(found.images[:n,None]).float()/16, size=28, mode='bilinear'), torch.tensor(found.target[:n]))
+
+# %% ../nbs/00_data.ipynb #00-029
 def set_style() -> None:
     "Colours and style of every plot of the book."
     sns.set_theme(context='notebook', style='whitegrid', palette='colorblind', rc={'figure.dpi': 100, 'axes.spines.top': False, 'axes.spines.right': False})
