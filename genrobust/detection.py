@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .attacks.core import AttackResult, check_counts, require
 from .data import Images, Splits
-from .models import LOG_NORMALISER, NoDensityError, _digest, load_tensors, predict, save_tensors
+from .models import LOG_NORMALISER, NoDensityError, digest, load_tensors, predict, save_tensors
 
 # %% ../nbs/08_detection.ipynb #08-008
 REJECTED = -1  # The label of an image that is turned away
@@ -194,7 +194,7 @@ def detectors_from_logits(
 def _fingerprint(model):
     "A hash of what a model's scores depend on: weights, noise if it is fixed, number of samples"
     samples = torch.tensor(getattr(getattr(model, 'clf', model), 'n_samples', 0))
-    return _digest({**model.state_dict(), **dict(model.named_buffers()), 'n_samples': samples})
+    return digest({**model.state_dict(), **dict(model.named_buffers()), 'n_samples': samples})
 
 @patch
 def save(self:Detector,

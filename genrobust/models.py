@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FACTORISATIONS', 'LOG_NORMALISER', 'Factorisation', 'Joined', 'Halve', 'Double', 'Trunk', 'Head', 'MLP', 'Painter',
-           'pick_device', 'NoDensityError', 'Classifier', 'CNN', 'BayesClassifier', 'OnNoise', 'Fresh', 'write_whole',
-           'save_tensors', 'load_tensors', 'build', 'save_model', 'pretrained_names', 'load_pretrained', 'in_parts',
-           'predict', 'accuracy']
+           'pick_device', 'NoDensityError', 'Classifier', 'CNN', 'BayesClassifier', 'OnNoise', 'Fresh', 'digest',
+           'write_whole', 'save_tensors', 'load_tensors', 'build', 'save_model', 'pretrained_names', 'load_pretrained',
+           'in_parts', 'predict', 'accuracy']
 
 # %% ../nbs/01_models.ipynb #01-005
 import hashlib, json, math, os
@@ -381,8 +381,10 @@ def fresh(self:BayesClassifier) -> nn.Module:
     return Fresh(self)
 
 # %% ../nbs/01_models.ipynb #01-039
-def _digest(tensors):
-    "A hash of names and numbers"
+def digest(
+    tensors:dict # Name: tensor
+) -> str: # 32 hexadecimal digits
+    "A hash of names and numbers."
     h = hashlib.blake2b(digest_size=16)
     for name, value in sorted(tensors.items()): h.update(name.encode()+value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
@@ -406,7 +408,7 @@ def save_tensors(
     **metadata # Anything JSON can hold
 ) -> None:
     "Write a safetensors file, whole or not at all; an `OSError` if that cannot be done."
-    write_whole(path, save({k: v.contiguous() for k,v in tensors.items()}, dict(genrobust=json.dumps(metadata), digest=_digest(tensors))))
+    write_whole(path, save({k: v.contiguous() for k,v in tensors.items()}, dict(genrobust=json.dumps(metadata), digest=digest(tensors))))
 
 def load_tensors(
     path:str|Path # A file by `save_tensors`
@@ -416,7 +418,7 @@ def load_tensors(
     try:
         with safe_open(path, 'pt') as f:
             tensors, metadata = {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata()
-        if metadata['digest']!=_digest(tensors): raise ValueError('its numbers are not those that were saved')
+        if metadata['digest']!=digest(tensors): raise ValueError('its numbers are not those that were saved')
         return tensors, json.loads(metadata['genrobust'])
     except (SafetensorError, TypeError, KeyError, ValueError) as e:
         raise ValueError(f"{path} is not a file of genrobust's, or corrupt or truncated ({e}); fetch or make it again") from e

@@ -24,7 +24,7 @@ from torch import nn
 from .attacks import AttackResult, carlini_wagner, deepfool, fgsm, pgd, rescore, truncated_deepfool, zoo
 from .data import Images, Splits, class_names, load, load_or_synthetic, show_images
 from .detection import detectors_from_logits, scores_from_logits
-from .models import _digest, build, load_pretrained, load_tensors, pick_device, predict, save_tensors, write_whole
+from .models import build, digest, load_pretrained, load_tensors, pick_device, predict, save_tensors, write_whole
 from .training import fit, processes
 
 # %% ../nbs/10_results.ipynb #10-008
@@ -101,7 +101,7 @@ def plan(
 
 def _settings(stage, data, clf, draws):
     "All that the outcome of a stage depends on"
-    return dict(stage._asdict(), data=data, weights=_digest(clf.state_dict()), **(dict(attack=str(signature(ATTACKS[stage.what])), draws=draws) if stage.what in ATTACKS else {}))
+    return dict(stage._asdict(), data=data, weights=digest(clf.state_dict()), **(dict(attack=str(signature(ATTACKS[stage.what])), draws=draws) if stage.what in ATTACKS else {}))
 
 def _file(folder, settings):
     key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,7 +37,7 @@ def _meet(adversary, model, x, y):
     "The images to learn from: those of the adversary, if there is one, who meets the model in eval mode"
     return adversary(model.eval(), x, y) if adversary else x
 
-def _epoch(model, optimiser, average, data, batches, prices, adversary, amp):
+def _epoch(model, optimiser, average, data, batches, adversary, amp, prices=repeat(1.)):
     "One pass over the training images; the mean loss"
     total = 0.
     for index, kl in zip(batches, prices):
@@ -132,7 +133,7 @@ def fit(
             torch.manual_seed(seed*100_000+epoch)
             batches = torch.randperm(len(train.y)).to(device).split(batch_size)
             prices = [min(1., (epoch+n/len(batches))/warmup) if warmup else 1. for n in range(len(batches))]
-            train_loss = _epoch(model, optimiser, average, train, progress_bar(batches, parent=bar) if progress else batches, prices, adversary, amp)
+            train_loss = _epoch(model, optimiser, average, train, progress_bar(batches, parent=bar) if progress else batches, adversary, amp, prices)
             history.append(dict(epoch=epoch, train_bound=-train_loss, **evaluate(average.module, valid, adversary)))
         if not (math.isfinite(train_loss) and math.isfinite(history[-1]['bound'])):
             raise ValueError(f"training diverged in epoch {epoch}: the loss is {train_loss}, the validation bound {history[-1]['bound']}; try a smaller lr than {lr}")
