@@ -1,5 +1,5 @@
 "The house: notebooks, site, README and package agree with one another."
-import configparser, importlib, inspect, json, os, re, subprocess, sys
+import configparser, importlib, inspect, json, os, re, shlex, subprocess, sys
 from pathlib import Path
 
 import nbformat
@@ -8,6 +8,7 @@ import torch
 import yaml
 
 import genrobust
+from genrobust import cli
 from notebooks import directives, readme
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,15 @@ def test_workflows_are_valid_and_call_what_a_person_calls():
     assert sorted(commands)==['make docs', 'make test'] and all(c.split()[1] in targets for c in commands)
     python = jobs['test']['strategy']['matrix']['python']
     assert python[0]==SETTINGS['min_python'] and f'Python {python[0]} to {python[-1]}' in (ROOT/'README.md').read_text()
+
+def test_every_command_that_is_shown_is_one():
+    "The command line takes each line of genrobust's, and the Makefile knows each target"
+    pages = [*(p.read_text() for p in ROOT.glob('*.md')), *('\n'.join(c.source for c in cells(path) if c.cell_type=='markdown') for path in NOTEBOOKS)]
+    lines = [line.strip() for page in pages for block in re.findall(r'```sh\n(.*?)```|((?:^ {4}[^\n]+\n?)+)', page, re.M|re.S) for line in ''.join(block).splitlines()]
+    commands, targets = ([found[1] for line in lines if (found := re.match(f'(?:torchrun .*)?{word} (.+)', line))] for word in ('genrobust', 'make'))
+    assert len(commands)>10 and len(targets)>3, lines
+    for command in commands: cli._parser().parse_args(shlex.split(command, comments=True))
+    assert {name for target in targets for name in shlex.split(target, comments=True)} <= set(re.findall(r'^([a-z-]+):', (ROOT/'Makefile').read_text(), re.M))
 
 def test_what_contributing_says_can_be_done(tmp_path):
     "Its attack works as it stands, and what it names is there"
