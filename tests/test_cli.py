@@ -122,7 +122,7 @@ def test_a_study_killed_or_spread_over_processes_ends_in_the_same_numbers(tmp_pa
     for file in ('images', 'clean', 'detectors'):
         first, *others = ((tmp_path/folder/f'{file}.csv').read_text() for folder in ('straight', 'killed', 'spread'))
         assert first.count("\n")>1 and others==[first, first], file
-    assert len(list(tmp_path.glob('straight/stages/*')))==len(list(tmp_path.glob('spread/stages/*')))==3+2*5
+    assert len(list(tmp_path.glob('straight/stages/*')))==len(list(tmp_path.glob('spread/stages/*')))==4+2*5
 
 ATTACKS = [f for f in vars(attacks).values() if inspect.isfunction(f) and list(inspect.signature(f).parameters)[:3]==['model', 'x', 'y']]
 

@@ -1,4 +1,5 @@
 "What is claimed of the shipped weights, measured again on real images."
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from genrobust.attacks import deepfool, fgsm
-from genrobust.models import accuracy, load_pretrained
+from genrobust.models import accuracy, digest, load_pretrained
 from genrobust.results import PRESETS, wilson
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +27,11 @@ def test_deepfool_wins_on_every_image_on_its_own_noise(fashion):
     with torch.no_grad(): right = (clf(x).argmax(1)==y).nonzero().squeeze(1)[:64]
     result = deepfool(clf, x[right], y[right], batch_size=16)
     assert len(right)==64 and result.success.all()
+
+@pytest.mark.parametrize('study', sorted(p.parent.name for p in ROOT.glob('results/*/settings.json')))
+def test_published_studies_are_of_the_shipped_weights(study):
+    for name, expected in json.loads((ROOT/'results'/study/'settings.json').read_text())['weights'].items():
+        assert expected==digest(load_pretrained(name, device='cpu').state_dict()), f'the weights of {name} have changed: genrobust reproduce --preset {study}'
 
 @both
 def test_the_published_table_is_measured_again(name, fashion):
