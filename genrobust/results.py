@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'ATTACKS', 'PRESETS', 'FOREIGN', 'Preset', 'wilson', 'clustered', 'Stage', 'plan', 'measure', 'show_attacks',
-           'writable', 'reproduce', 'tables', 'plot_robust']
+           'writable', 'reproduce', 'markdown_table', 'tables', 'plot_robust']
 
 # %% ../nbs/10_results.ipynb #10-005
 import hashlib, json, math, time, zlib
@@ -252,7 +252,11 @@ def _rate(hits, cluster=None):
     low, high = wilson(k, n) if cluster is None else clustered(hits.astype(float), cluster)
     return f'{k/n:.1%} [{low:.1%}, {high:.1%}]'
 
-def _markdown(title, rows):
+def markdown_table(
+    title:str, # Set in bold above it
+    rows:list[dict] # All with the same keys, the heads of the columns
+) -> str:
+    "A table as Markdown text."
     head = list(rows[0])
     lines = [head, ['---']*len(head), *[[str(v) for v in row.values()] for row in rows]]
     return f'**{title}**\n\n' + '\n'.join('| '+' | '.join(line)+' |' for line in lines)
@@ -294,10 +298,10 @@ def tables(
         of_model = detectors[detectors.model==model].set_index('detector').threshold
         caught.append({**who, 'report': _reported(model, 'detected', attack), "report's protocol": _by_report(pd.concat([every, unharmed[unharmed.model==model]]), attack), **{name: _rate(won[name]>of_model[name], won.seed) if name in of_model else '-' for name in ('logit','marginal','kl')}, 'n': len(won)})
     return '\n\n'.join([
-        _markdown(f'Table 1. Accuracy, {label}', clean), _markdown(f'Table 2. Seconds for each image, {label}', timed),
-        _markdown(f'Table 3. Success rate on images classified correctly, {label}', success),
-        _markdown(f'Table 4. Size rho of successful perturbations, relative to the image, {label}', rho),
-        _markdown(f'Table 5. Share of successful perturbations that detectors reject, thresholds from validation images at 5 % false positives, {label}', caught)])
+        markdown_table(f'Table 1. Accuracy, {label}', clean), markdown_table(f'Table 2. Seconds for each image, {label}', timed),
+        markdown_table(f'Table 3. Success rate on images classified correctly, {label}', success),
+        markdown_table(f'Table 4. Size rho of successful perturbations, relative to the image, {label}', rho),
+        markdown_table(f'Table 5. Share of successful perturbations that detectors reject, thresholds from validation images at 5 % false positives, {label}', caught)])
 
 # %% ../nbs/10_results.ipynb #10-032
 def plot_robust(

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from .data import Images, check_images
 from .models import Classifier, accuracy, load_tensors, pick_device, save_tensors
 
-# %% ../nbs/02_training.ipynb #02-008
+# %% ../nbs/02_training.ipynb #02-009
 def _move(average, weights, n):
     "Move averages after `n` steps towards the weights: a tenth of the steps so far is what they remember"
     for a,w in zip(average, weights): a.lerp_(w, 10/(n.item()+10))
@@ -66,7 +66,7 @@ def evaluate(
     x, y = (torch.cat(part)[:n_accuracy] for part in zip(*parts))
     return dict(bound=bound.item(), accuracy=accuracy(model.fixed(0), x, y))
 
-# %% ../nbs/02_training.ipynb #02-010
+# %% ../nbs/02_training.ipynb #02-011
 def _save(path, model, optimiser, average, best, settings, history):
     moments = {f'optim.{i}.{k}': v for i,state in optimiser.state_dict()['state'].items() for k,v in state.items()}
     states = {f'{name}.{k}': v for name,state in dict(model=model.state_dict(), average=average.state_dict(), best=best).items() for k,v in state.items()}
@@ -99,7 +99,7 @@ def _resume(path, model, optimiser, average, settings):
     optimiser.load_state_dict(dict(state=state, param_groups=optimiser.state_dict()['param_groups']))
     return _part(tensors, 'best'), metadata['history']
 
-# %% ../nbs/02_training.ipynb #02-011
+# %% ../nbs/02_training.ipynb #02-012
 def fit(
     model:Classifier, # Trained in place; left in eval mode with its best weights
     train:Images, # To learn from
@@ -146,7 +146,7 @@ def fit(
 
 def _best_epoch(history): return max(history, key=lambda h: h['bound'])['epoch']
 
-# %% ../nbs/02_training.ipynb #02-026
+# %% ../nbs/02_training.ipynb #02-027
 @contextmanager
 def processes():
     "This process's number, and how many there are, where `torchrun` started several: `(0, 1)` elsewhere; those that come first to the end wait for the others"
@@ -160,7 +160,7 @@ def processes():
         dist.barrier()
     finally: dist.destroy_process_group()
 
-# %% ../nbs/02_training.ipynb #02-029
+# %% ../nbs/02_training.ipynb #02-030
 def plot_history(
     histories:dict # Name: what `fit` returned
 ) -> plt.Figure:
