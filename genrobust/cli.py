@@ -223,7 +223,7 @@ def _parser():
     train.add_argument('--scarce', type=partial(_count, low=0), metavar='CLASS', help='leave out nine in ten training and validation images of one class')
     _options(train, fit, without=('seed', 'checkpoint', 'progress', 'warmup'))
     train.add_argument('--dropout', type=float, help='share of dense units dropped in training (default: none where a density is learnt, half for cnn and dfx, a fifth for cnn_at and dbx)')
-    train.add_argument('--warmup', type=int, metavar='INT', help='epochs over which the weight of what a code costs grows from 0 to 1 (default: 5 for dbx, else 0)')
+    train.add_argument('--warmup', type=partial(_count, low=0), metavar='N', help='epochs over which the weight of what a code costs grows from 0 to 1; nothing to cnn and cnn_at (default: 5 for dbx, else 0)')
 
     kinds = commands.add_parser('attack', help='attack a model and save the result', description='Attack a model and save the result.').add_subparsers(required=True, metavar='ATTACK')
     for name, f in _attacks().items():
@@ -249,7 +249,7 @@ def _parser():
     redo.set_defaults(run=_reproduce)
     redo.add_argument('--preset', choices=PRESETS, default='quick', help='how much is measured (default: %(default)s)')
     redo.add_argument('--models', nargs='+', default=['dfz', 'gfz', 'cnn'], metavar='MODEL', help=f"of {', '.join(pretrained_names())}, or paths of .safetensors files (default: dfz gfz cnn)")
-    redo.add_argument('--attacks', nargs='+', default=list(ATTACKS), choices=ATTACKS, metavar='ATTACK', help=f"of {', '.join(map(repr, ATTACKS))} (default: all)")
+    redo.add_argument('--attacks', nargs='+', choices=ATTACKS, metavar='ATTACK', help=f"of {', '.join(map(repr, ATTACKS))} (default: all that the preset has images for)")
     redo.add_argument('--out', help='folder to write to (default: results/PRESET); stages that are done lie there in stages/')
 
     race = commands.add_parser('bench', help='time the attacks beside those of other libraries', description=bench.__doc__)

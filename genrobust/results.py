@@ -177,8 +177,8 @@ def _collect(folder, done, clfs, splits, how, say):
         clean = pd.concat(rows).query('attack=="clean"')
         thresholds += [dict(model=model, detector=name, threshold=d.threshold, alpha=d.alpha, rejected=(clean[name]>d.threshold).sum(), n=len(clean)) for name,d in detectors.items()]
     rows = pd.concat(frames, ignore_index=True)
-    seconds = pd.DataFrame([dict(model=stage.model, attack=stage.what, on=about['on'], seconds=about['seconds'], n=(~tensors['initially_wrong']).sum().item()) for stage, tensors, about in done if stage.what in ATTACKS])
-    for file, table in dict(images=rows[rows.attack.isin(ATTACKS)], clean=rows[~rows.attack.isin(ATTACKS)].dropna(axis=1, how='all'), detectors=pd.DataFrame(thresholds),
+    seconds = pd.DataFrame([dict(model=stage.model, attack=stage.what, on=about.get('on', 'unknown'), seconds=about['seconds'], n=(~tensors['initially_wrong']).sum().item()) for stage, tensors, about in done if stage.what in ATTACKS])
+    for file, table in dict(images=rows[rows.attack.isin(ATTACKS)], clean=rows[~rows.attack.isin(ATTACKS)].dropna(axis=1, how='all'), detectors=pd.DataFrame(thresholds, columns=['model', 'detector', 'threshold', 'alpha', 'rejected', 'n']),
                             seconds=seconds.groupby(['model','attack','on'], sort=False).sum().reset_index()).items():
         write_whole(folder/f'{file}.csv', table.to_csv(index=False, float_format='%.6g'))
     write_whole(folder/'settings.json', json.dumps(how, indent=1)+'\n')
@@ -201,15 +201,15 @@ def writable(
 
 def _stand_in(name, splits, device, progress):
     "A model trained for a minute"
-    clf = build(name)
-    fit(clf, Images(*[v[:8000] for v in splits.train]), Images(*[v[:200] for v in splits.valid]), epochs=5, device=device, progress=progress)
+    clf = build(**load_pretrained(name, 'cpu').config)
+    fit(clf, Images(*[v[:8000] for v in splits.train]), Images(*[v[:200] for v in splits.valid]), epochs=5, warmup=int(clf.name=='DBX'), device=device, progress=progress)
     return clf.requires_grad_(False)
 
 def reproduce(
     preset:str|Preset='quick', # A key of `PRESETS`, or one of your own
     out:str|Path|None=None, # Folder to write to; default `results/<preset>`
     models:list=('dfz','gfz','cnn'), # Names for `load_pretrained`
-    attacks:list=tuple(ATTACKS), # Keys of `ATTACKS`
+    attacks:list|None=None, # Keys of `ATTACKS`; default: all that the preset has images for
     data:str='fashion_mnist', # Data set; 'synthetic' trains models for it first
     root:str|Path|None=None, # Where data sets are; default as for `load`
     device=None, # Default: `pick_device()`
@@ -218,10 +218,12 @@ def reproduce(
 ) -> Path|None: # The folder; None in all processes but the first
     "Do all stages that are not done yet; then the first process writes tables and figures from them."
     if preset not in PRESETS and not isinstance(preset, Preset): raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    for attack in attacks:
-        if attack not in ATTACKS: raise ValueError(f"no attack {attack!r} in the study; there are {', '.join(ATTACKS)}")
     name, preset = (preset, PRESETS[preset]) if isinstance(preset, str) else ('custom', preset)
-    models, attacks = list(dict.fromkeys(model if str(model).endswith('.safetensors') else model.lower() for model in models)), [attack for attack in dict.fromkeys(attacks) if preset.images(attack)]
+    for attack in attacks or []:
+        if attack not in ATTACKS: raise ValueError(f"no attack {attack!r} in the study; there are {', '.join(ATTACKS)}")
+        if not preset.images(attack): raise ValueError(f"the preset {name} has no images for {attack}")
+    models = list(dict.fromkeys(model if model.endswith('.safetensors') else model.lower() for model in map(str, models)))
+    attacks = list(dict.fromkeys(attacks or filter(preset.images, ATTACKS)))
     if not attacks or min(preset.train, preset.valid-19, preset.test)<1: raise ValueError(f"expected images under at least one attack, training and test images, and 20 validation images or more, found {preset}")
     if data not in ('fashion_mnist', 'synthetic'): raise ValueError(f"no weights for {data!r}; there are some for fashion_mnist, and synthetic trains its own")
     data, splits = load_or_synthetic(root, say) if data=='fashion_mnist' else (data, load(data))
@@ -311,7 +313,8 @@ def plot_robust(
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout='constrained')
     for ax, norm, largest, label in zip(axes, ('l2','linf'), (3., .3), ('Euclidean', 'maximum')):
         eps = np.linspace(0, largest, 61)
-        for n, (model, of) in enumerate(images.groupby('model', sort=False)):
+        for model, of in images.groupby('model', sort=False):
+            of = of[of.groupby('attack').image.transform('nunique')==of.image.nunique()]
             size = of[norm].where(of.success, math.inf).where(~of.initially_wrong, -1)
             each = of.assign(size=size).groupby('image').agg(size=('size','min'), seed=('seed','first'))
             held = [(each['size']>e).astype(float) for e in eps]

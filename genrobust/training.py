@@ -88,7 +88,7 @@ def _part(tensors, prefix): return {k.removeprefix(prefix+'.'): v for k,v in ten
 
 def _resume(path, model, optimiser, average, settings):
     tensors, metadata = load_tensors(path)
-    for name, ours, theirs in [('model', model.config, metadata.get('config')), ('settings', settings, metadata.get('settings'))]:
+    for name, ours, theirs in [('model', model.config, metadata.get('config')), ('settings', settings, dict(warmup=0)|metadata.get('settings', {}))]:
         if ours!=theirs: raise ValueError(f"{path} is the checkpoint of another run: its {name} are {theirs}, not {ours}; name another file, or delete this one")
     model.load_state_dict(_part(tensors, 'model'))
     average.load_state_dict(_part(tensors, 'average'))
@@ -115,7 +115,7 @@ def fit(
     amp:bool=False, # Whether to compute in bfloat16 where that is safe (automatic mixed precision); weights stay float32
     device=None, # Default: `pick_device()`
     progress:bool=True # Show a bar
-) -> list[dict]: # One entry an epoch: `epoch`, `train_bound`, `bound`, `accuracy`
+) -> list[dict]: # One entry an epoch: `epoch`, `train_bound` (during the warm-up at its lower price, so no bound), `bound`, `accuracy`
     "Maximise the bound by Adam and keep the averaged weights of the best validation bound; `ValueError` if the loss stops being a number."
     if epochs<1 or batch_size<1 or not 0<lr<math.inf: raise ValueError(f"expected epochs >= 1, batch_size >= 1 and a finite lr > 0, found {epochs}, {batch_size} and {lr}")
     if warmup<0 or patience is not None and patience<1: raise ValueError(f"expected warmup >= 0 and patience >= 1, found {warmup} and {patience}")
