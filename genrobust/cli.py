@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.docments import docments
+from torch import Tensor, nn
 
 from . import attacks
 from .attacks import AttackResult, one_vs_all, pgd, rescore
@@ -54,7 +55,13 @@ def _files(out, suffix):
         if file.is_dir(): raise ValueError(f"cannot write {file}: it is a folder")
     return files
 
-def pgd_start(model, x, y, eps=.1, steps=5):
+def pgd_start(
+    model:nn.Module, # Images to logits
+    x:Tensor, # `[B,1,28,28]`
+    y:Tensor, # Labels `[B]`
+    eps:float=.1, # Largest change of a pixel
+    steps:int=5 # Of PGD
+) -> Tensor: # Images to train on, `[B,1,28,28]`
     "What PGD makes of images that are classified correctly, each time from other random points (Madry et al., 2018)"
     return pgd(model, x, y, eps=eps, steps=steps, seed=torch.randint(2**31, ()).item()).x_adv
 

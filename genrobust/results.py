@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'ATTACKS', 'PRESETS', 'FOREIGN', 'Preset', 'wilson', 'clustered', 'Stage', 'plan', 'measure', 'show_attacks',
-           'writable', 'reproduce', 'markdown_table', 'tables', 'plot_robust']
+           'writable', 'reproduce', 'markdown_table', 'tables', 'smallest_change', 'plot_robust']
 
 # %% ../nbs/10_results.ipynb #10-005
 import hashlib, json, math, time, zlib
@@ -306,17 +306,24 @@ def tables(
         markdown_table(f'Table 5. Share of successful perturbations that detectors reject, thresholds from validation images at 5 % false positives, {label}', caught)])
 
 # %% ../nbs/10_results.ipynb #10-032
+def smallest_change(
+    images:pd.DataFrame, # Rows of one model in `images.csv` of a study
+    norm:str # 'l2' or 'linf'
+) -> pd.DataFrame: # A row for each image: `size`, inf where no attack won and -1 where it was wrong before, and `seed` of the noise
+    "The smallest successful change that any attack on all of the images found for each, in units of a pixel."
+    of = images[images.groupby('attack').image.transform('nunique')==images.image.nunique()]
+    size = of[norm].where(of.success, math.inf).where(~of.initially_wrong, -1)
+    return of.assign(size=size).groupby('image').agg(size=('size','min'), seed=('seed','first'))
+
 def plot_robust(
     images:pd.DataFrame # `images.csv` of a study
 ) -> plt.Figure:
-    "Robust accuracy against the size of the change, in both norms."
+    "Robust accuracy against the size of the change in both norms, in units of a pixel, with 95 % intervals."
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout='constrained')
     for ax, norm, largest, label in zip(axes, ('l2','linf'), (3., .3), ('Euclidean', 'maximum')):
         eps = np.linspace(0, largest, 61)
         for model, of in images.groupby('model', sort=False):
-            of = of[of.groupby('attack').image.transform('nunique')==of.image.nunique()]
-            size = of[norm].where(of.success, math.inf).where(~of.initially_wrong, -1)
-            each = of.assign(size=size).groupby('image').agg(size=('size','min'), seed=('seed','first'))
+            each = smallest_change(of, norm)
             held = [(each['size']>e).astype(float) for e in eps]
             low, high = zip(*(clustered(h, each.seed) for h in held))
             ax.plot(eps, [h.mean() for h in held], label=model.upper())
