@@ -41,6 +41,15 @@ def _share(estimate, walked, overshoot, step):
     least = overshoot/10*walked/estimate.clamp_min(torch.finfo(estimate.dtype).tiny)
     return torch.where(estimate<=overshoot*walked, least.clamp_min(1), step)
 
+def _step_in_box(problem, x, gap, w, p):
+    "`linear_step`, or, where the box would stop more than three quarters of it, one without the pixels that it stops; and where that is"
+    estimate = linear_step(gap, w, p)
+    stopped = ((w*(problem.clip(x+estimate)-x)[:,None]).flatten(2).sum(2)/gap).amax(1) < 1/4
+    if stopped.any():
+        (low, high), w, x = problem.bounds, w[stopped], x[stopped,None]
+        estimate[stopped] = linear_step(gap[stopped], w.masked_fill((x<=low) & (w<0) | (x>=high) & (w>0), 0), p)
+    return estimate, stopped
+
 def _deepfool(problem, p, steps, overshoot, step):
     i, x, total = problem.all, problem.x.clone(), torch.zeros_like(problem.x)
     for _ in range(steps):
@@ -48,7 +57,9 @@ def _deepfool(problem, p, steps, overshoot, step):
         going = ~problem.crossed(logits, i)
         i = i[going]
         if not len(i): break
-        estimate = linear_step((ahead.abs()+2*resolution(logits)[:,None])[going], w[going], p)
+        estimate, stopped = _step_in_box(problem, x[i], (ahead.abs()+2*resolution(logits)[:,None])[going], w[going], p)
+        again = i[stopped]
+        total[again] = problem.clip(problem.x[again]+total[again]) - problem.x[again]
         total[i] += _share(_norm(estimate, p), _norm(total[i], p), overshoot, step).view(-1, *[1]*(x.ndim-1))*estimate
         x[i] = problem.clip(problem.x[i] + (1+overshoot)*total[i])
     return x
@@ -62,7 +73,7 @@ def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
     settings = dict(attack=name, p=p, steps=steps, overshoot=overshoot, step=step)
     return run(lambda problem: _deepfool(problem, p, steps, overshoot, step), model, x, y, settings=settings, **kwargs)
 
-# %% ../../nbs/05_deepfool.ipynb #05-014
+# %% ../../nbs/05_deepfool.ipynb #05-016
 @delegates(run, but='minimum_norm')
 def deepfool(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
