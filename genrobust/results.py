@@ -320,7 +320,7 @@ def plot_robust(
 ) -> plt.Figure:
     "Robust accuracy against the size of the change in both norms, in units of a pixel, with 95 % intervals."
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout='constrained')
-    for ax, norm, largest, label in zip(axes, ('l2','linf'), (3., .3), ('Euclidean', 'maximum')):
+    for ax, norm, largest, label in zip(axes, ('l2','linf'), (3., .1), ('Euclidean', 'maximum')):
         eps = np.linspace(0, largest, 61)
         for model, of in images.groupby('model', sort=False):
             each = smallest_change(of, norm)

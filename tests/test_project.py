@@ -96,7 +96,7 @@ def test_workflows_are_valid_and_call_what_a_person_calls():
 def test_every_command_that_is_shown_is_one():
     "The command line takes each line of genrobust's, and the Makefile knows each target"
     pages = [*(p.read_text() for p in ROOT.glob('*.md')), *('\n'.join(c.source for c in cells(path) if c.cell_type=='markdown') for path in NOTEBOOKS)]
-    lines = [line.strip() for page in pages for block in re.findall(r'```sh\n(.*?)```|((?:^ {4}[^\n]+\n?)+)', page, re.M|re.S) for line in ''.join(block).splitlines()]
+    lines = [line.strip() for page in pages for block in re.findall(r'```sh\n(.*?)```|((?:^ {4}[^\n]+\n?)+)', page, re.M|re.S) for line in ''.join(block).replace('\\\n', ' ').splitlines()]
     commands, targets = ([found[1] for line in lines if (found := re.match(f'(?:torchrun .*)?{word} (.+)', line))] for word in ('genrobust', 'make'))
     assert len(commands)>10 and len(targets)>3, lines
     for command in commands: cli._parser().parse_args(shlex.split(command, comments=True))
