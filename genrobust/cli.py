@@ -26,7 +26,7 @@ from .bench import bench
 from .data import Images, Splits, load
 from .detection import detect, detected, let_through
 from .models import LOG_NORMALISER, build, load_pretrained, load_tensors, predict, pretrained_names, save_model, write_whole
-from .results import ATTACKS, PRESETS, reproduce, tables, wilson, writable
+from .results import ATTACKS, PRESETS, Preset, reproduce, tables, wilson, writable
 from .training import fit, processes
 
 # %% ../nbs/12_cli.ipynb #12-008
@@ -116,7 +116,8 @@ def _train(args):
     if failed: raise ValueError('; '.join(failed))
 
 def _reproduce(args):
-    folder = reproduce(args.preset, args.out, args.models, args.attacks, data=args.data, root=args.root, device=args.device, progress=args.progress, say=partial(print, flush=True))
+    sizes = {k: n for k in Preset._fields if (n := getattr(args, k)) is not None}
+    folder = reproduce(PRESETS[args.preset]._replace(**sizes) if sizes else args.preset, args.out, args.models, args.attacks, data=args.data, root=args.root, device=args.device, progress=args.progress, say=partial(print, flush=True))
     if folder: print(f'\n{tables(folder)}\n\nWritten to {folder}')
 
 def _bench(args): print(f"Written to {bench(**{k: v for k,v in vars(args).items() if k!='run'}, say=partial(print, flush=True))}")
@@ -257,7 +258,12 @@ def _parser():
     redo.add_argument('--preset', choices=PRESETS, default='quick', help='how much is measured (default: %(default)s)')
     redo.add_argument('--models', nargs='+', default=['dfz', 'gfz', 'cnn'], metavar='MODEL', help=f"of {', '.join(pretrained_names())}, or paths of .safetensors files (default: dfz gfz cnn)")
     redo.add_argument('--attacks', nargs='+', choices=ATTACKS, metavar='ATTACK', help=f"of {', '.join(map(repr, ATTACKS))} (default: all that the preset has images for)")
-    redo.add_argument('--out', help='folder to write to (default: results/PRESET); stages that are done lie there in stages/')
+    redo.add_argument('--out', help='folder to write to (default: results/PRESET, or results/custom with sizes of your own); stages that are done lie there in stages/')
+    sizes = redo.add_argument_group('sizes', "in place of the preset's")
+    for size, low, about in (('train', 1, 'training images that detectors learn from'), ('valid', 20, 'validation images that thresholds are chosen with'), ('test', 1, 'test images that are classified'),
+                             ('attacked', 0, 'test images under each attack, but for'), ('carlini-wagner', 0, 'those under this one'), ('zoo', 0, 'and under this one'),
+                             ('seeds', 1, 'sets of noise that attacks run on'), ('draws', 1, 'times that each attacked image is classified again')):
+        sizes.add_argument(f'--{size}', type=partial(_count, low=low), metavar='N', help=about)
 
     race = commands.add_parser('bench', help='time the attacks beside those of other libraries', description=bench.__doc__)
     race.set_defaults(run=_bench)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'ATTACKS', 'PRESETS', 'FOREIGN', 'Preset', 'wilson', 'clustered', 'Stage', 'plan', 'measure', 'show_attacks',
-           'writable', 'reproduce', 'markdown_table', 'tables', 'smallest_change', 'plot_robust']
+           'writable', 'reproduce', 'markdown_table', 'read_study', 'tables', 'smallest_change', 'plot_robust']
 
 # %% ../nbs/10_results.ipynb #10-005
 import hashlib, json, math, time, zlib
@@ -224,9 +224,12 @@ def reproduce(
         if not preset.images(attack): raise ValueError(f"the preset {name} has no images for {attack}")
     models = list(dict.fromkeys(model if model.endswith('.safetensors') else model.lower() for model in map(str, models)))
     attacks = list(dict.fromkeys(attacks or filter(preset.images, ATTACKS)))
-    if not attacks or min(preset.train, preset.valid-19, preset.test)<1: raise ValueError(f"expected images under at least one attack, training and test images, and 20 validation images or more, found {preset}")
+    if not attacks or min(preset.train, preset.valid-19, preset.test, preset.seeds, preset.draws)<1 or min(preset)<0:
+        raise ValueError(f"expected images under at least one attack, training and test images, 20 validation images or more, at least one seed and one draw, found {preset}")
     if data not in ('fashion_mnist', 'synthetic'): raise ValueError(f"no weights for {data!r}; there are some for fashion_mnist, and synthetic trains its own")
     data, splits = load_or_synthetic(root, say) if data=='fashion_mnist' else (data, load(data))
+    for part, asked in dict(train=preset.train, valid=preset.valid, test=max(preset.test, *map(preset.images, attacks))).items():
+        if asked>len(getattr(splits, part).y): raise ValueError(f"there are {len(getattr(splits, part).y)} {part} images, not {asked}")
     folder, start = writable(out or f'results/{name}'), time.perf_counter()
     def tell(what): say(f'[{time.perf_counter()-start:4.0f} s] {what}')
     with processes() as (rank, of):
@@ -268,6 +271,17 @@ def _reported(model, what, attack=None, form='{:.1%}'):
     if attack is not None and value: value = value.get(attack)
     return '' if value is None else form.format(value)
 
+def read_study(
+    name:str, # 'images', 'clean', 'detectors' or 'seconds'
+    *folders:str|Path # Written by `reproduce`
+) -> pd.DataFrame: # Rows model by model; what several folders hold is that of the first
+    "A table of one study, or of several of the same data; a `ValueError` if a model's detectors differ between them."
+    rows = pd.concat([pd.read_csv(Path(folder)/f'{name}.csv') for folder in folders], ignore_index=True)
+    if name=='detectors' and (rows.groupby(['model','detector']).threshold.agg(lambda t: np.ptp(t)/t.abs().max()) > .01).any():
+        raise ValueError(f"{', '.join(map(str, folders))} do not go together: their detectors differ, so measure them with the same numbers of training and validation images")
+    rows = rows.drop_duplicates([key for key in ('model','attack','detector','image','on') if key in rows])
+    return rows.sort_values('model', key=lambda model: pd.factorize(model)[0], kind='stable', ignore_index=True)
+
 def _by_report(frame, attack):
     "The share that the report's protocol would give its detector; a dash where that leaves no image"
     if 'logit' not in frame: return '-'
@@ -278,12 +292,13 @@ def _by_report(frame, attack):
 def _mean(values, form='{:.3f}'): return form.format(values.mean()) if len(values) else '-'
 
 def tables(
-    folder:str|Path # Written by `reproduce`
+    *folders:str|Path # Written by `reproduce`, one or more; of several as `read_study` has it
 ) -> str: # Markdown
     "The report's Tables 1 to 5 beside what was measured."
-    folder = Path(folder)
-    settings = json.loads((folder/'settings.json').read_text())
-    images, unharmed, detectors, seconds = (pd.read_csv(folder/f'{name}.csv') for name in ('images','clean','detectors','seconds'))
+    settings, *others = [json.loads((Path(folder)/'settings.json').read_text()) for folder in folders]
+    for key in ('data', 'draws'):
+        if any(other[key]!=settings[key] for other in others): raise ValueError(f"expected studies of the same {key}, found {[how[key] for how in (settings, *others)]}")
+    images, unharmed, detectors, seconds = (read_study(name, *folders) for name in ('images','clean','detectors','seconds'))
     label = 'synthetic images' if settings['data']=='synthetic' else 'Fashion-MNIST'
     clean, timed, success, rho, caught = [], [], [], [], []
     for model, of in unharmed[unharmed.attack=='clean'].groupby('model', sort=False):
@@ -305,7 +320,7 @@ def tables(
         markdown_table(f'Table 4. Size rho of successful perturbations, relative to the image, {label}', rho),
         markdown_table(f'Table 5. Share of successful perturbations that detectors reject, thresholds from validation images at 5 % false positives, {label}', caught)])
 
-# %% ../nbs/10_results.ipynb #10-032
+# %% ../nbs/10_results.ipynb #10-033
 def smallest_change(
     images:pd.DataFrame, # Rows of one model in `images.csv` of a study
     norm:str # 'l2' or 'linf'

@@ -37,7 +37,7 @@ def test_deepfool_is_not_stopped_by_the_box(p, fashion):
 @pytest.mark.parametrize('study', sorted(p.parent.name for p in ROOT.glob('results/*/settings.json')))
 def test_published_studies_are_of_the_shipped_weights(study):
     for name, expected in json.loads((ROOT/'results'/study/'settings.json').read_text())['weights'].items():
-        assert expected==digest(load_pretrained(name, device='cpu').state_dict()), f'the weights of {name} have changed: genrobust reproduce --preset {study}'
+        assert expected==digest(load_pretrained(name, device='cpu').state_dict()), f'the weights of {name} have changed: measure results/{study} again'
 
 @both
 def test_the_published_table_is_measured_again(name, fashion):

@@ -73,7 +73,7 @@ def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
     settings = dict(attack=name, p=p, steps=steps, overshoot=overshoot, step=step)
     return run(lambda problem: _deepfool(problem, p, steps, overshoot, step), model, x, y, settings=settings, **kwargs)
 
-# %% ../../nbs/05_deepfool.ipynb #05-016
+# %% ../../nbs/05_deepfool.ipynb #05-014
 @delegates(run, but='minimum_norm')
 def deepfool(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
