@@ -13,7 +13,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, check_counts, check_positive, check_range, require, resolution, run
+from .core import AttackResult, check_counts, check_positive, check_range, jacobian, just_look, require, resolution, run
 
 # %% ../../nbs/05_deepfool.ipynb #05-008
 def linear_step(
@@ -36,33 +36,33 @@ def linear_step(
 # %% ../../nbs/05_deepfool.ipynb #05-012
 def _norm(x, p): return x.flatten(1).norm(p, dim=1)
 
-def _share(estimate, walked, overshoot, step):
-    "Of an estimate of this length, what to walk: all of it, or a little more, once it is shorter than the overshoot"
-    least = overshoot/10*walked/estimate.clamp_min(torch.finfo(estimate.dtype).tiny)
-    return torch.where(estimate<=overshoot*walked, least.clamp_min(1), step)
-
-def _step_in_box(problem, x, gap, w, p):
-    "`linear_step`, or, where the box would stop more than three quarters of it, one without the pixels that it stops; and where that is"
-    estimate = linear_step(gap, w, p)
+def _step(problem, x, walked, gap, w, p, share):
+    "A `share` of `linear_step`; or, in the last stretch, a whole one without the pixels that the box stops, as also where it would stop most of it"
+    estimate, (low, high) = linear_step(gap, w, p), problem.bounds
+    last = _norm(estimate, p) <= walked/10
     stopped = ((w*(problem.clip(x+estimate)-x)[:,None]).flatten(2).sum(2)/gap).amax(1) < 1/4
-    if stopped.any():
-        (low, high), w, x = problem.bounds, w[stopped], x[stopped,None]
-        estimate[stopped] = linear_step(gap[stopped], w.masked_fill((x<=low) & (w<0) | (x>=high) & (w>0), 0), p)
-    return estimate, stopped
+    n = (last | stopped).nonzero().squeeze(1)
+    at, wish = x[n,None], w[n]
+    estimate[n] = linear_step(gap[n], wish.masked_fill((at<=low) & (wish<0) | (at>=high) & (wish>0), 0), p)
+    return torch.where(last, 1., share).view(-1, *[1]*(x.ndim-1))*estimate
 
 def _deepfool(problem, p, steps, overshoot, step):
-    i, x, total = problem.all, problem.x.clone(), torch.zeros_like(problem.x)
+    i, x, total, seen = problem.all, problem.x.clone(), torch.zeros_like(problem.x), problem.seen
+    low, high = (bound-problem.x for bound in problem.bounds)
     for _ in range(steps):
-        logits, ahead, w = problem.differences(x[i], i)
-        going = ~problem.crossed(logits, i)
+        logits, ahead, w = problem.differences(x[i], i, seen)
+        going, seen = ~problem.crossed(logits, i), None
         i = i[going]
         if not len(i): break
-        estimate, stopped = _step_in_box(problem, x[i], (ahead.abs()+2*resolution(logits)[:,None])[going], w[going], p)
-        again = i[stopped]
-        total[again] = problem.clip(problem.x[again]+total[again]) - problem.x[again]
-        total[i] += _share(_norm(estimate, p), _norm(total[i], p), overshoot, step).view(-1, *[1]*(x.ndim-1))*estimate
-        x[i] = problem.clip(problem.x[i] + (1+overshoot)*total[i])
+        gap = (ahead.abs()+2*resolution(logits)[:,None])[going]
+        way = total[i]
+        way += _step(problem, x[i], _norm(way, p), gap, w[going], p, step)
+        x[i], total[i] = problem.clip(problem.x[i] + (1+overshoot)*way), way.clamp(low[i], high[i])
     return x
+
+def _look(model, x, labels):
+    "With all gradients, where one backward pass gives them"
+    return jacobian(model, x) if hasattr(model, 'per_class_logits') and hasattr(model, 'n_classes') else just_look(model, x, labels)
 
 def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
     require(isinstance(p, Real) and p>1, f"p must be a number above 1 (inf included), found {p!r}")
@@ -71,10 +71,10 @@ def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
     check_positive(step=step)
     check_range(0, 1, step=step)
     settings = dict(attack=name, p=p, steps=steps, overshoot=overshoot, step=step)
-    return run(lambda problem: _deepfool(problem, p, steps, overshoot, step), model, x, y, settings=settings, **kwargs)
+    return run(lambda problem: _deepfool(problem, p, steps, overshoot, step), model, x, y, settings=settings, look=_look, **kwargs)
 
-# %% ../../nbs/05_deepfool.ipynb #05-014
-@delegates(run, but='minimum_norm')
+# %% ../../nbs/05_deepfool.ipynb #05-013
+@delegates(run, but=['minimum_norm','look'])
 def deepfool(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
     x:Tensor, # Images `[N,...]` within `bounds`
@@ -89,7 +89,7 @@ def deepfool(
     "DeepFool (Moosavi-Dezfooli, Fawzi and Frossard, 2016, algorithm 2)."
     return _run_deepfool('deepfool', model, x, y, p, steps, overshoot, step, kwargs)
 
-@delegates(run, but='minimum_norm')
+@delegates(run, but=['minimum_norm','look'])
 def truncated_deepfool(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
     x:Tensor, # Images `[N,...]` within `bounds`

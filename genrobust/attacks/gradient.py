@@ -13,7 +13,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, Best, check_counts, check_positive, check_range, log_odds, margin, require, run
+from .core import AttackResult, Best, check_counts, check_positive, check_range, differentiating, log_odds, margin, require, run
 
 # %% ../../nbs/04_fgsm.ipynb #04-008
 def _logit(logits, y): return logits.gather(1, y[:,None]).squeeze(1)
@@ -49,7 +49,7 @@ def _project(delta, eps, p):
     return delta*_flat(delta, (eps/norm.clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1))
 
 # %% ../../nbs/04_fgsm.ipynb #04-016
-@delegates(run, but='minimum_norm')
+@delegates(run, but=['minimum_norm','look'])
 def fgsm(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
     x:Tensor, # Images `[N,...]` within `bounds`
@@ -63,10 +63,8 @@ def fgsm(
     "Fast Gradient Sign (Goodfellow, Shlens and Szegedy, 2015, section 4)."
     _check_ball(eps, p)
     _check_loss(loss)
-    def solve(problem):
-        _, g = problem.gradient(_objective(problem, loss), problem.x, problem.all)
-        return problem.clip(problem.x + eps*_unit(g, p))
-    return run(solve, model, x, y, settings=dict(attack='fgsm', eps=eps, p=p, loss=loss), minimum_norm=False, **kwargs)
+    def solve(problem): return problem.clip(problem.x + eps*_unit(problem.seen[1], p))
+    return run(solve, model, x, y, settings=dict(attack='fgsm', eps=eps, p=p, loss=loss), minimum_norm=False, look=differentiating(_losses[loss]), **kwargs)
 
 # %% ../../nbs/04_fgsm.ipynb #04-020
 def _ball_start(problem, i, eps, p):
@@ -106,7 +104,7 @@ def _step_size(step_size, eps, steps, factor):
     check_positive(step_size=step_size)
     return step_size
 
-@delegates(run, but='minimum_norm')
+@delegates(run, but=['minimum_norm','look'])
 def pgd(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
     x:Tensor, # Images `[N,...]` within `bounds`
@@ -132,7 +130,7 @@ def pgd(
     settings = dict(attack='pgd', eps=eps, p=p, step_size=step_size, steps=steps, restarts=restarts, loss=loss, random_start=random_start)
     return run(solve, model, x, y, settings=settings, minimum_norm=False, **kwargs)
 
-@delegates(run, but='minimum_norm')
+@delegates(run, but=['minimum_norm','look'])
 def mim(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
     x:Tensor, # Images `[N,...]` within `bounds`
@@ -197,7 +195,7 @@ def _dlr(logits, y, target):
 _losses['dlr'] = _dlr
 
 # %% ../../nbs/04_fgsm.ipynb #04-031
-@delegates(run, but='minimum_norm')
+@delegates(run, but=['minimum_norm','look'])
 def apgd(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
     x:Tensor, # Images `[N,...]` within `bounds`

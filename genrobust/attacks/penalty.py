@@ -126,7 +126,7 @@ def _start(problem, kappa, c, lr):
     return x, *linear_scale(problem, distance, gap, .5, c, lr)
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-021
-@delegates(run, but='minimum_norm')
+@delegates(run, but=['minimum_norm','look'])
 def carlini_wagner(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`
     x:Tensor, # Images `[N,...]` within `bounds`

@@ -59,7 +59,7 @@ def _start(problem, gradient, kappa, c, lr):
     gap = problem.gap(logits, problem.all, kappa)
     return problem.x.clone(), *linear_scale(problem, gap/(problem.x[0].numel()*g.square().mean(1)).sqrt(), gap, 2, c, lr)
 
-@delegates(run, but='minimum_norm')
+@delegates(run, but=['minimum_norm','look'])
 def zoo(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`; only queried
     x:Tensor, # Images `[N,...]` within `bounds`
@@ -108,7 +108,7 @@ def _slope(problem, x, i, samples, h):
     return g
 
 # %% ../../nbs/07_zoo.ipynb #07-027
-@delegates(run, but='minimum_norm')
+@delegates(run, but=['minimum_norm','look'])
 def spsa(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`; only queried
     x:Tensor, # Images `[N,...]` within `bounds`
@@ -212,7 +212,7 @@ def _two_squares(problem, x, i, eps, share):
     return problem.clip(centre + rest.scatter(2, first, budget[:,:,None]*bump)).view_as(x)
 
 # %% ../../nbs/07_zoo.ipynb #07-043
-@delegates(run, but='minimum_norm')
+@delegates(run, but=['minimum_norm','look'])
 def square(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`; only queried
     x:Tensor, # Images `[N,...]` within `bounds`; the last two axes are rows and columns, and a vector is one row
@@ -322,7 +322,7 @@ def _check_start(start, x, bounds):
             f"start must be a float tensor like x, {list(getattr(x, 'shape', []))}, found {type(start).__name__} {getattr(start, 'dtype', '')} {list(getattr(start, 'shape', []))}")
     _check_within(bounds, start=start)
 
-@delegates(run, but='minimum_norm')
+@delegates(run, but=['minimum_norm','look'])
 def hop_skip_jump(
     model:nn.Module, # Images `[B,...]` to logits `[B,C]`; only its labels are used
     x:Tensor, # Images `[N,...]` within `bounds`
