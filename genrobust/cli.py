@@ -134,7 +134,7 @@ def _check(attack, given, n_classes):
     answers = [F.one_hot(torch.tensor([given.get('target')==0]).long(), n_classes).float()]
     def model(x):
         if not answers: raise _Asked
-        return answers.pop()
+        return answers.pop() + 0*x.sum()  # differentiable
     with suppress(_Asked): attack(model, torch.zeros(1,1,28,28), **dict(given, progress=False))
 
 # %% ../nbs/12_cli.ipynb #12-016

@@ -97,7 +97,7 @@ def test_every_command_that_is_shown_is_one():
     "The command line takes each line of genrobust's, and the Makefile knows each target"
     pages = [*(p.read_text() for p in ROOT.glob('*.md')), *('\n'.join(c.source for c in cells(path) if c.cell_type=='markdown') for path in NOTEBOOKS)]
     lines = [line.strip() for page in pages for block in re.findall(r'```sh\n(.*?)```|((?:^ {4}[^\n]+\n?)+)', page, re.M|re.S) for line in ''.join(block).replace('\\\n', ' ').splitlines()]
-    commands, targets = ([found[1] for line in lines if (found := re.match(f'(?:torchrun .*)?{word} (.+)', line))] for word in ('genrobust', 'make'))
+    commands, targets = ([found[1] for line in lines if (found := re.match(f'(?:torchrun .*|time )?{word} (.+)', line))] for word in ('genrobust', 'make'))
     assert len(commands)>10 and len(targets)>3, lines
     for command in commands: cli._parser().parse_args(shlex.split(command, comments=True))
     assert {name for target in targets for name in shlex.split(target, comments=True)} <= set(re.findall(r'^([a-z-]+):', (ROOT/'Makefile').read_text(), re.M))
