@@ -156,7 +156,7 @@ class Counted(nn.Module):
 def _foolbox(name, eps=None, **settings):
     def attack(model, x, y):
         import foolbox
-        return getattr(foolbox.attacks, name)(**settings)(foolbox.PyTorchModel(model, (0,1), device=x.device), x, y, epsilons=eps)[1]
+        return getattr(foolbox.attacks, name)(**settings)(foolbox.PyTorchModel(model, (0,1), device=x.device), x, y, epsilons=eps)[1:]
     return attack
 
 def _art(name, **settings):
@@ -197,12 +197,21 @@ class Contest(NamedTuple):
     images: int # Number
     norm: str # That is compared, 'l2' or 'linf'
     ours: Callable # `(model, x, y) -> AttackResult`
-    others: dict # Module or label: `(model, x, y) -> images`
+    others: dict # Module or label: `(model, x, y)` to images, or images and whom they fool
 
 def _full_batches(model, x, y):
     "No attack: the rate at which a model answers batches of 1,024 images"
     predict(model, x.repeat(-(-20_000//len(x)), 1, 1, 1), 1024)
-    return x
+    return x, y<0
+
+def _to_the_end(attack):
+    "Ours without `early_stop`, for comparison"
+    def whole(model, x, y):
+        result = attack(model, x, y, early_stop=False)
+        return result.x_adv, result.success
+    return whole
+
+_pgd, _apgd = partial(pgd, eps=.05, steps=40, step_size=.005, early_stop=True), partial(apgd, eps=.05, steps=50, early_stop=True)
 
 CONTESTS = {
     'deepfool-gfz': Contest('gfz', 16, 'l2', deepfool, dict(
@@ -222,10 +231,10 @@ CONTESTS = {
     'fgsm-cnn': Contest('cnn', 256, 'linf', partial(fgsm, eps=.1), dict(
         foolbox=_foolbox('LinfFastGradientAttack', eps=.1), art=_art('FastGradientMethod', eps=.1, batch_size=256),
         torchattacks=_torchattacks('FGSM', eps=.1))),
-    'pgd-cnn': Contest('cnn', 256, 'linf', partial(pgd, eps=.05, steps=40, step_size=.005), dict(
+    'pgd-cnn': Contest('cnn', 256, 'linf', _pgd, dict(to_the_end=_to_the_end(_pgd),
         foolbox=_foolbox('LinfPGD', eps=.05, steps=40, abs_stepsize=.005), art=_art('ProjectedGradientDescentPyTorch', eps=.05, max_iter=40, eps_step=.005, num_random_init=1, batch_size=256),
         torchattacks=_torchattacks('PGD', eps=.05, steps=40, alpha=.005), adv_lib=_adv_lib('pgd_linf', .05, steps=40, absolute_step_size=.005))),
-    'apgd-cnn': Contest('cnn', 256, 'linf', partial(apgd, eps=.05, steps=50), dict(
+    'apgd-cnn': Contest('cnn', 256, 'linf', _apgd, dict(to_the_end=_to_the_end(_apgd),
         art=_art('AutoProjectedGradientDescent', eps=.05, eps_step=.1, max_iter=50, nb_random_init=1, batch_size=256, loss_type='cross_entropy'),
         torchattacks=_torchattacks('APGD', eps=.05, steps=50), adv_lib=_adv_lib('apgd', .05, torch.inf, n_iter=50, loss_function='ce'))),
 }
@@ -246,8 +255,9 @@ def _enter(attack, model, x, y, norm):
     counted = Counted(model).eval()
     start = time.perf_counter()
     found = attack(counted, x, y)
+    if isinstance(found, Tensor): found = found, _forward(counted, found).argmax(1)!=y
     _wait(x.device)
-    return dict(seconds=time.perf_counter()-start, forwards=counted.forwards/len(y), backwards=counted.backwards/len(y), **_judge(model, x, y, found.detach(), norm))
+    return dict(seconds=time.perf_counter()-start, forwards=counted.forwards/len(y), backwards=counted.backwards/len(y), **_judge(model, x, y, found[0].detach(), norm))
 
 def _enter_ours(attack, model, x, y, norm):
     start = time.perf_counter()
@@ -264,7 +274,7 @@ def compete(
 ) -> pd.DataFrame: # A row for each turn: `seconds`, `success`, `norm`, passes an image; `error` where a library failed
     "Let libraries take turns at one job; a `ValueError` for an unknown one."
     require(name in CONTESTS, f"no contest {name!r}; there are {', '.join(CONTESTS)}")
-    contest, versions, rows = CONTESTS[name], {**installed(), 'full_batches': torch.__version__}, []
+    contest, versions, rows = CONTESTS[name], {**installed(), 'full_batches': torch.__version__, 'to_the_end': version('genrobust')}, []
     model = load_pretrained(contest.model, device).fixed(0)
     device = next(model.parameters()).device
     x, y = (v.to(device) for v in _correct(model, images, n or contest.images))

@@ -261,7 +261,7 @@ def _parser():
     redo.add_argument('--out', help='folder to write to (default: results/PRESET, or results/custom with sizes of your own); stages that are done lie there in stages/')
     sizes = redo.add_argument_group('sizes', "in place of the preset's")
     for size, low, about in (('train', 1, 'training images that detectors learn from'), ('valid', 20, 'validation images that thresholds are chosen with'), ('test', 1, 'test images that are classified'),
-                             ('attacked', 0, 'test images under each attack, but for'), ('carlini-wagner', 0, 'those under this one'), ('zoo', 0, 'and under this one'),
+                             ('attacked', 0, 'test images under each attack, but for'), ('carlini-wagner', 0, 'those under this one'), ('zoo', 0, 'those under this one'), ('apgd', 0, 'and those under this one, at each of several sizes'),
                              ('seeds', 1, 'sets of noise that attacks run on'), ('draws', 1, 'times that each attacked image is classified again')):
         sizes.add_argument(f'--{size}', type=partial(_count, low=low), metavar='N', help=about)
 

@@ -231,8 +231,8 @@ def show_images(
     scale:float=1. # Inches an image
 ) -> plt.Figure:
     "A grid of grey images."
-    rows = -(-len(x)//columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(columns*scale, rows*scale*(1.15 if titles else 1)), squeeze=False, layout='constrained')
+    rows, lines = -(-len(x)//columns), max(title.count('\n')+1 for title in titles) if titles else 0
+    fig, axes = plt.subplots(rows, columns, figsize=(columns*scale, rows*(scale+.15*lines)), squeeze=False, layout='constrained')
     for ax in axes.flat: ax.axis('off')
     for n, (ax, image) in enumerate(zip(axes.flat, x)):
         ax.imshow(image[0].detach().cpu().numpy(), cmap='gray', vmin=0, vmax=1)

@@ -225,6 +225,12 @@ def _area(adversarial, clean, axis=-1):
     below = sum(torch.searchsorted(clean, adversarial, right=right) for right in (False, True))
     return below.double().mean(-1).numpy()/(2*clean.shape[-1])
 
+def _caught_at(fpr, clean, adversarial):
+    "Share of adversarial images caught where the curve passes these false-positive rates"
+    cuts = np.append(np.inf, np.unique(np.concatenate([clean, adversarial]))[::-1])
+    x, y = ((len(scores)-np.searchsorted(np.sort(scores), cuts))/len(scores) for scores in (clean, adversarial))
+    return np.interp(fpr, x, y)
+
 @dataclass(repr=False)
 class ROC:
     "Scores of clean and of adversarial images, a threshold, and what follows from them"
@@ -255,13 +261,21 @@ class ROC:
         "95 % interval of `area`, by bootstrap over clean and over adversarial images; nan for fewer than two of either."
         if min(len(self.adversarial), len(self.clean))<2: return math.nan, math.nan
         return tuple(bootstrap((self.adversarial, self.clean), _area, vectorized=True, n_resamples=1000, method='percentile', rng=0).confidence_interval)
+    def band(self,
+        fpr:np.ndarray # False-positive rates `[N]`
+    ) -> np.ndarray: # Lower and upper end, `[2,N]`
+        "95 % band of the share caught at each of these rates by itself, by bootstrap over clean and over adversarial images."
+        rng = np.random.default_rng(0)
+        drawn = [_caught_at(fpr, *(rng.choice(scores, len(scores)) for scores in (self.clean, self.adversarial))) for _ in range(300)]
+        return np.quantile(drawn, (.025, .975), axis=0)
     def to_frame(self) -> pd.DataFrame:
         "The curve: `fpr`, `tpr`, `threshold`, a row a corner."
         return pd.DataFrame(dict(zip(('fpr','tpr','threshold'), roc_curve(*self._labelled))))
-    def plot(self, ax:plt.Axes, **style) -> None:
-        "Draw the curve."
-        curve = self.to_frame()
-        ax.plot(curve.fpr, curve.tpr, **style)
+    def plot(self, ax:plt.Axes, band:bool=False, **style) -> None:
+        "Draw the curve, and its `band` as a faint fill."
+        curve, grid = self.to_frame(), np.linspace(0, 1, 201)
+        line, = ax.plot(curve.fpr, curve.tpr, **style)
+        if band: ax.fill_between(grid, *self.band(grid), color=line.get_color(), alpha=.2, lw=0)
     def __repr__(self):
         (low, high), (least, most) = self.rate_interval, self.area_interval
         return f"caught {self.rate:.1%} [{low:.1%}, {high:.1%}] of {len(self.adversarial)} adversarial images, at {self.false_positives:.1%} of {len(self.clean)} clean ones; area {self.area:.3f} [{least:.3f}, {most:.3f}]"

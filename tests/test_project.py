@@ -1,6 +1,7 @@
 "The house: notebooks, site, README and package agree with one another."
-import configparser, importlib, inspect, json, os, re, shlex, subprocess, sys
+import configparser, dis, importlib, inspect, json, os, re, shlex, subprocess, sys
 from pathlib import Path
+from types import CodeType
 
 import nbformat
 import pytest
@@ -65,21 +66,62 @@ def test_slow_cells_only_write_results_and_fast_ones_only_read_them():
             writes = re.findall(r"(?:to_csv|write_text|mkdir|savefig)\(.*results", cell.source)
             assert not writes or 'slow' in directives(cell) or 'export' in directives(cell), cell.source
 
+def names(source):
+    "What a cell binds, what it reads without having bound it, and what each of its functions reads"
+    def inside(code): return [c for c in code.co_consts if isinstance(c, CodeType)]
+    def read(code): return {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_NAME', 'LOAD_GLOBAL')}.union(*map(read, inside(code)))
+    code, bound, reads = compile(source, 'cell', 'exec'), set(), set()
+    for i in dis.get_instructions(code):
+        if i.opname=='STORE_NAME': bound.add(i.argval)
+        if i.opname=='LOAD_NAME' and i.argval not in bound: reads.add(i.argval)
+    of_functions = {c.co_name: read(c) for c in inside(code)}
+    return bound, reads | (set().union(*of_functions.values())-bound), of_functions
+
+def borrowed(found):
+    "Names that fast cells read, themselves or through functions, as slow cells bound them; the data sets are the same wherever they are loaded"
+    of_slow, functions, bad = set(), {}, set()
+    for cell in found:
+        slow = 'slow' in directives(cell)
+        bound, reads, of_functions = names(re.sub('^.*= load_or_synthetic\\(\\)$', '', cell.source, flags=re.M) if slow else cell.source)
+        functions |= of_functions
+        while more := set().union(*(functions.get(name, set()) for name in reads))-reads-bound: reads |= more
+        if not slow: bad |= reads & of_slow
+        of_slow = of_slow | bound if slow else of_slow-bound
+    return bad
+
+def test_a_name_of_a_slow_cell_is_noticed():
+    def of(*sources): return borrowed([nbformat.v4.new_code_cell(source) for source in ('x = 1\ndef f(): return g()\ndef g(): return x', '#| slow\nx = 2', *sources)])
+    assert of('x')==of('f()')==of('x = x+1')==of('[x for _ in "ab"]')=={'x'}
+    assert of('x = 3; f()')==of('x = 3', 'f()')==of('[x for x in "ab"]')==of('def h(x): return x')==of('#| slow\nx')==set()
+
+@every_notebook
+def test_no_fast_cell_reads_what_a_slow_one_bound(path):
+    "So a chapter shows the same, whether its slow cells were run or not"
+    assert not borrowed(c for c in cells(path) if c.cell_type=='code' and 'eval:' not in directives(c))
+
 def test_sidebar_lists_every_page_once_in_order():
     site = yaml.safe_load((ROOT/'_quarto.yml').read_text())
     listed = [page for entry in site['website']['sidebar']['contents'] for page in (entry['contents'] if isinstance(entry, dict) else [entry])]
     assert listed==['index.ipynb', *[p.name for p in NOTEBOOKS if p.stem!='index']]
     assert yaml.safe_load((ROOT/'nbs/_quarto.yml').read_text())=={'metadata-files': ['../_quarto.yml', 'nbdev.yml']}
 
+def anchors(page):
+    "Of its headings, and of those that its documentation shows"
+    found = cells(page)
+    texts = [c.source for c in found if c.cell_type=='markdown'] + [o.get('data', {}).get('text/markdown', '') for c in found for o in c.get('outputs', [])]
+    return {re.sub(r'[^\w.-]', '', heading.lower().replace(' ', '-')) for heading in re.findall('^#+ (.*)', '\n'.join(texts), re.M)}
+
 def test_the_site_is_processed_and_its_links_lead_somewhere():
     subprocess.run(['nbdev_proc_nbs'], cwd=ROOT, check=True, capture_output=True, env=dict(os.environ, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'))
-    pages = ROOT/'_proc'
+    pages, site = ROOT/'_proc', f'{SETTINGS["doc_host"]}{SETTINGS["doc_baseurl"]}/'
+    rendered = {re.sub(r'^[0-9]+_', '', p.stem)+'.html': p.name for p in NOTEBOOKS}
     assert {p.name for p in pages.glob('*.ipynb')}=={p.name for p in NOTEBOOKS}
     assert yaml.safe_load((pages/'nbdev.yml').read_text())['project']['output-dir']==SETTINGS['doc_path']
     for path in pages.glob('*.ipynb'):
-        text = '\n'.join(c.source for c in cells(path) if c.cell_type=='markdown')
-        for link in re.findall(r'\]\(([^)#]+)(?:#[^)]*)?\)', text):
-            assert link.startswith('https://') or (pages/link.replace('.html', '.ipynb')).exists(), (path.name, link)
+        for link, anchor in re.findall(r'(?:\]\(|(?:src|href)=")([^)#"]*)#?([^)"]*)', '\n'.join(c.source for c in cells(path) if c.cell_type=='markdown')):
+            link = link.removeprefix(site)
+            page = pages/rendered.get(link, link or path.name)
+            assert link.startswith('https://') or page.exists() and (not anchor or anchor in anchors(page)), (path.name, link, anchor)
         assert not any(o.output_type=='error' for c in cells(path) if c.cell_type=='code' for o in c.outputs)
 
 def test_workflows_are_valid_and_call_what_a_person_calls():
@@ -94,11 +136,12 @@ def test_workflows_are_valid_and_call_what_a_person_calls():
     assert python[0]==SETTINGS['min_python'] and f'Python {python[0]} to {python[-1]}' in (ROOT/'README.md').read_text()
 
 def test_every_command_that_is_shown_is_one():
-    "The command line takes each line of genrobust's, and the Makefile knows each target"
+    "The command line takes each line of genrobust's, the Makefile knows each target, and Python each line of its own"
     pages = [*(p.read_text() for p in ROOT.glob('*.md')), *('\n'.join(c.source for c in cells(path) if c.cell_type=='markdown') for path in NOTEBOOKS)]
     lines = [line.strip() for page in pages for block in re.findall(r'```sh\n(.*?)```|((?:^ {4}[^\n]+\n?)+)', page, re.M|re.S) for line in ''.join(block).replace('\\\n', ' ').splitlines()]
     commands, targets = ([found[1] for line in lines if (found := re.match(f'(?:torchrun .*|time )?{word} (.+)', line))] for word in ('genrobust', 'make'))
     assert len(commands)>10 and len(targets)>3, lines
+    for line in [line for page in pages for line in re.findall(r'python -c "([^"]+)"', page)]: compile(line, 'line', 'exec')
     for command in commands: cli._parser().parse_args(shlex.split(command, comments=True))
     assert {name for target in targets for name in shlex.split(target, comments=True)} <= set(re.findall(r'^([a-z-]+):', (ROOT/'Makefile').read_text(), re.M))
 

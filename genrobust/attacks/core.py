@@ -279,6 +279,10 @@ class Best:
         better = new < self.margin[i]
         self.x[i[better]], self.margin[i[better]] = x.detach()[better], new[better]
         self.won[i] |= self.problem.fooled(logits, i)
+    def going(self, i:Tensor, *values:Tensor) -> list[Tensor]:
+        "Of images `i`, and of what belongs to each of them, those not fooled yet."
+        on = ~self.won[i]
+        return [v[on] for v in (i, *values)]
 
 # %% ../../nbs/03_attacks.ipynb #03-025
 class Nearest:

@@ -75,27 +75,30 @@ def _ball_start(problem, i, eps, p):
 
 def _confine(problem, x, i, eps, p):
     "Into the ball around each image, and into the box"
-    return problem.clip(problem.x[i] + _project(x-problem.x[i], eps, p))
+    centre = problem.x[i]
+    return problem.clip(centre + _project(x-centre, eps, p))
 
 def _restart(problem, restarts, start, climb):
     "The best point that `climb(x, i, best)` visits, from `start(i)` again and again; images already fooled sit a restart out"
-    best = Best(problem)
+    best, i = Best(problem), problem.all
     for _ in range(restarts):
-        i = (~best.won).nonzero().squeeze(1)
+        x, last = climb(start(i), i, best)
+        if len(last): best.see(x, problem.logits(x, last), last)
+        i, = best.going(i)
         if not len(i): break
-        x = climb(start(i), i, best)
-        best.see(x, problem.logits(x, i), i)
     return best.x
 
-def _ascend(problem, x, i, best, objective, eps, p, step_size, steps, direction=lambda g, _: g):
-    "Projected steps of one size along `direction(gradient, its last value)`; the last point"
+def _ascend(problem, x, i, best, objective, eps, p, step_size, steps, early_stop, direction=lambda g, _: g):
+    "Projected steps of one size along `direction(gradient, its last value)`; the last points, and of which images"
     d = torch.zeros_like(x)
     for _ in range(steps):
         logits, g = problem.gradient(objective, x, i)
         best.see(x, logits, i)
+        if early_stop: i, x, g, d = best.going(i, x, g, d)
+        if not len(i): break
         d = direction(g, d)
         x = _confine(problem, x + step_size*_unit(d, p), i, eps, p)
-    return x
+    return x, i
 
 def _step_size(step_size, eps, steps, factor):
     "The one given, else chosen so that all steps together go `factor` times as far as `eps`"
@@ -117,6 +120,7 @@ def pgd(
     restarts:int=1, # Random points to start from, 1 or more; only images not yet fooled go on
     loss:str='ce', # 'ce', 'joint' or 'dlr', as for `fgsm`
     random_start:bool=True, # Whether to start at a random point of the ball, not at the image
+    early_stop:bool=False, # Whether an image leaves as soon as it is fooled: the same success for less, but a margin just below zero
     **kwargs
 ) -> AttackResult: # `x_adv` is the point of lowest margin seen
     "Projected gradient descent (Madry et al., 2018, section 2.1)."
@@ -126,8 +130,8 @@ def pgd(
     check_counts(restarts=restarts)
     def solve(problem):
         def start(i): return _ball_start(problem, i, eps, p) if random_start else problem.x[i]
-        return _restart(problem, restarts, start, partial(_ascend, problem, objective=_objective(problem, loss), eps=eps, p=p, step_size=step_size, steps=steps))
-    settings = dict(attack='pgd', eps=eps, p=p, step_size=step_size, steps=steps, restarts=restarts, loss=loss, random_start=random_start)
+        return _restart(problem, restarts, start, partial(_ascend, problem, objective=_objective(problem, loss), eps=eps, p=p, step_size=step_size, steps=steps, early_stop=early_stop))
+    settings = dict(attack='pgd', eps=eps, p=p, step_size=step_size, steps=steps, restarts=restarts, loss=loss, random_start=random_start, early_stop=early_stop)
     return run(solve, model, x, y, settings=settings, minimum_norm=False, **kwargs)
 
 @delegates(run, but=['minimum_norm','look'])
@@ -142,6 +146,7 @@ def mim(
     steps:int=10, # Number of steps, 1 or more
     decay:float=1., # Of the momentum, 0 or more; mu in the paper
     loss:str='ce', # 'ce', 'joint' or 'dlr', as for `fgsm`
+    early_stop:bool=False, # As for `pgd`
     **kwargs
 ) -> AttackResult: # `x_adv` is the point of lowest margin seen
     "Momentum iterative method (Dong et al., 2018, algorithm 1)."
@@ -151,9 +156,10 @@ def mim(
     check_range(0, math.inf, decay=decay)
     def direction(g, last): return decay*last + g/_flat(g, g.flatten(1).abs().sum(1).clamp_min(torch.finfo(g.dtype).tiny))
     def solve(problem):
-        climb = partial(_ascend, problem, objective=_objective(problem, loss), eps=eps, p=p, step_size=step_size, steps=steps, direction=direction)
+        climb = partial(_ascend, problem, objective=_objective(problem, loss), eps=eps, p=p, step_size=step_size, steps=steps, early_stop=early_stop, direction=direction)
         return _restart(problem, 1, problem.x.__getitem__, climb)
-    return run(solve, model, x, y, settings=dict(attack='mim', eps=eps, p=p, step_size=step_size, steps=steps, decay=decay, loss=loss), minimum_norm=False, **kwargs)
+    settings = dict(attack='mim', eps=eps, p=p, step_size=step_size, steps=steps, decay=decay, loss=loss, early_stop=early_stop)
+    return run(solve, model, x, y, settings=settings, minimum_norm=False, **kwargs)
 
 # %% ../../nbs/04_fgsm.ipynb #04-024
 def _checkpoints(steps):
@@ -165,8 +171,8 @@ def _checkpoints(steps):
 # %% ../../nbs/04_fgsm.ipynb #04-027
 def _where(mask, new, old): return [torch.where(_flat(n, mask), n, o) for n,o in zip(new, old)]
 
-def _adapt(problem, x, i, best, objective, eps, p, steps, alpha, rho):
-    "Projected steps with momentum; where an image stalls its step is halved, and it goes on from the top of its climb; the last point"
+def _adapt(problem, x, i, best, objective, eps, p, steps, alpha, rho, early_stop):
+    "Projected steps with momentum; where an image stalls its step is halved, and it goes on from the top of its climb; the last points, and of which images"
     last, checkpoints, checked = x, _checkpoints(steps), 0
     size, value = (torch.full_like(best.margin[i], v) for v in (2*eps, -torch.inf))
     top, top_then, rises, halved = (x, torch.zeros_like(x), value), value, torch.zeros_like(size), torch.ones_like(best.won[i])
@@ -174,6 +180,10 @@ def _adapt(problem, x, i, best, objective, eps, p, steps, alpha, rho):
         logits, g = problem.gradient(objective, x, i)
         best.see(x, logits, i)
         here = x, g, objective(logits, i)
+        if early_stop:
+            i, last, size, value, top_then, rises, halved, *both = best.going(i, last, size, value, top_then, rises, halved, *here, *top)
+            here, top = both[:3], both[3:]
+        if not len(i): break
         rises, top = rises + (here[2]>value), _where(here[2]>top[2], here, top)
         if n in checkpoints:
             halved = (rises < rho*(n-checked)) | ~halved & (top[2]==top_then)
@@ -182,7 +192,7 @@ def _adapt(problem, x, i, best, objective, eps, p, steps, alpha, rho):
         x, g, value = here
         z, a = _confine(problem, x + _flat(x, size)*_unit(g, p), i, eps, p), alpha if n else 1
         x, last = _confine(problem, x + a*(z-x) + (1-a)*(x-last), i, eps, p), x
-    return x
+    return x, i
 
 # %% ../../nbs/04_fgsm.ipynb #04-029
 def _dlr(logits, y, target):
@@ -208,6 +218,7 @@ def apgd(
     loss:str='ce', # 'ce'; 'dlr', which needs C >= 3, or 4 with a target; or 'joint', as for `fgsm`
     alpha:float=.75, # Share of the new step in each move, from 0 to 1; the rest is momentum
     rho:float=.75, # Share of the steps that have to go up, from 0 to 1, or else the step is halved
+    early_stop:bool=False, # As for `pgd`
     **kwargs
 ) -> AttackResult: # `x_adv` is the point of lowest margin seen
     "Auto-PGD (Croce and Hein, 2020, algorithm 1)."
@@ -216,7 +227,7 @@ def apgd(
     check_counts(steps=steps, restarts=restarts)
     check_range(0, 1, alpha=alpha, rho=rho)
     def solve(problem):
-        climb = partial(_adapt, problem, objective=_objective(problem, loss), eps=eps, p=p, steps=steps, alpha=alpha, rho=rho)
+        climb = partial(_adapt, problem, objective=_objective(problem, loss), eps=eps, p=p, steps=steps, alpha=alpha, rho=rho, early_stop=early_stop)
         return _restart(problem, restarts, lambda i: _ball_start(problem, i, eps, p), climb)
-    settings = dict(attack='apgd', eps=eps, p=p, steps=steps, restarts=restarts, loss=loss, alpha=alpha, rho=rho)
+    settings = dict(attack='apgd', eps=eps, p=p, steps=steps, restarts=restarts, loss=loss, alpha=alpha, rho=rho, early_stop=early_stop)
     return run(solve, model, x, y, settings=settings, minimum_norm=False, **kwargs)

@@ -131,7 +131,7 @@ def spsa(
         best, adam, x, i = Best(problem), Adam(problem.x), problem.x, problem.all
         best.see(x, problem.logits(x, i), i)
         for _ in range(steps):
-            x, i = x[~best.won[i]], i[~best.won[i]]
+            i, x = best.going(i, x)
             if not len(i): break
             g = _slope(problem, x, i, samples, h)
             x = _confine(problem, x + lr*adam.step(g.flatten(1), i).view_as(x), i, eps, p)
@@ -235,7 +235,7 @@ def square(
         best, i, point = Best(problem), problem.all, first(problem, eps)
         for step in range(1, max_queries+1):
             best.see(point, problem.logits(point, i), i)
-            i = (~best.won).nonzero().squeeze(1)
+            i, = best.going(i)
             if not len(i): break
             point = propose(problem, best.x[i], i, eps, _share(p_init, step, max_queries))
         return best.x
