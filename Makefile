@@ -39,7 +39,7 @@ bench: .venv/ready ## Time the attacks beside those of other libraries, which ar
 	genrobust bench
 
 test: .venv/ready sync notebooks-test wheel ## All tests: notebooks and modules in step, fast cells, the wheel, pytest
-	pytest -q tests
+	OMP_NUM_THREADS=1 pytest -q -n 2 tests
 
 sync: .venv/ready ## Check that notebooks are clean and modules are exported
 	@state() { git status --porcelain; git diff | git hash-object --stdin; }; before=$$(state); nbdev_clean; nbdev_export; \

@@ -172,8 +172,8 @@ def _collect(folder, done, clfs, splits, how, say):
     "Write `images.csv`, `clean.csv`, `detectors.csv`, `seconds.csv`, `settings.json`, `examples.png` and `tables.md` from stages"
     for stage, tensors, _ in done: tensors['y'] = _images(stage, splits).y
     frames, thresholds = [], []
-    attacks = [attack for attack in ATTACKS if any(stage.what==attack for stage, *_ in done)]
-    shown = [attack for attack in attacks if attack in SHOWN] or attacks[:1]
+    attacks = {stage.what for stage, *_ in done} & set(ATTACKS)
+    shown = attacks & set(SHOWN) or attacks
     for model, clf in clfs.items():
         mine = [(stage, tensors) for stage, tensors, _ in done if stage.model==model]
         train, valid = (torch.cat([tensors['logits'] for stage, tensors in mine if stage.what==part]) for part in ('train','valid'))
@@ -188,7 +188,7 @@ def _collect(folder, done, clfs, splits, how, say):
     rows = pd.concat(frames, ignore_index=True)
     how = dict(how, seconds=round(sum(about.get('spent', about['seconds']) for *_, about in done)))
     seconds = pd.DataFrame([dict(model=stage.model, attack=stage.what, on=about.get('on', 'unknown'), seconds=about['seconds'], n=(~tensors['initially_wrong']).sum().item()) for stage, tensors, about in done if stage.what in ATTACKS])
-    for file, table in dict(images=rows[rows.attack.isin(attacks)], clean=rows[~rows.attack.isin(attacks)].dropna(axis=1, how='all'), detectors=pd.DataFrame(thresholds, columns=['model', 'detector', 'threshold', 'alpha', 'rejected', 'n']),
+    for file, table in dict(images=rows[rows.attack.isin(ATTACKS)], clean=rows[~rows.attack.isin(ATTACKS)].dropna(axis=1, how='all'), detectors=pd.DataFrame(thresholds, columns=['model', 'detector', 'threshold', 'alpha', 'rejected', 'n']),
                             seconds=seconds.groupby(['model','attack','on'], sort=False).sum().reset_index()).items():
         write_whole(folder/f'{file}.csv', table.to_csv(index=False, float_format='%.6g'))
     write_whole(folder/'settings.json', json.dumps(how, indent=1)+'\n')
@@ -310,7 +310,7 @@ def _mean(values, cluster):
 def tables(
     *folders:str|Path, # Written by `reproduce`, one or more; of several as `read_study` has it
     models:list|None=None, # Names; default: all that were measured
-    attacks:list|None=None # Keys of `ATTACKS`; default: all that were measured, but for `SIZES`
+    attacks:list|None=None # Keys of `ATTACKS`; default: all that were measured, without `SIZES` if there are others
 ) -> str: # Markdown
     "The report's Tables 1 to 5 beside what was measured."
     settings, *others = [json.loads((Path(folder)/'settings.json').read_text()) for folder in folders]
@@ -318,7 +318,7 @@ def tables(
         if any(other[key]!=settings[key] for other in others): raise ValueError(f"expected studies of the same {key}, found {[how[key] for how in (settings, *others)]}")
     images, unharmed, detectors, seconds = (read_study(name, *folders) for name in ('images','clean','detectors','seconds'))
     unharmed, seconds = (rows[rows.model.isin(models or rows.model)] for rows in (unharmed, seconds))
-    seconds = seconds[seconds.attack.isin(attacks or set(seconds.attack)-set(SIZES))]
+    seconds = seconds[seconds.attack.isin(attacks or set(seconds.attack)-set(SIZES) or SIZES)]
     label = 'synthetic images' if settings['data']=='synthetic' else 'Fashion-MNIST'
     clean, timed, success, rho, caught = [], [], [], [], []
     for model, of in unharmed[unharmed.attack=='clean'].groupby('model', sort=False):

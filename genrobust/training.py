@@ -31,8 +31,7 @@ def _move(average, weights, n):
 
 def _movers(model, lr):
     "What moves the weights, and what averages them"
-    fused = next(model.parameters()).device.type in ('cpu', 'cuda')  # one kernel for all that Adam does
-    return torch.optim.Adam(model.parameters(), lr=lr, fused=fused), AveragedModel(model, multi_avg_fn=_move)
+    return torch.optim.Adam(model.parameters(), lr=lr), AveragedModel(model, multi_avg_fn=_move)
 
 def _meet(adversary, model, x, y):
     "The images to learn from: those of the adversary, if there is one, who meets the model in eval mode"
@@ -166,7 +165,7 @@ def plot_history(
     histories:dict # Name: what `fit` returned
 ) -> plt.Figure:
     "Learning curves: the bound on training and validation images, and the validation accuracy."
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
+    fig, (left, right) = plt.subplots(2, 1, figsize=(6, 6.3), layout='constrained')
     for n, (name, history) in enumerate(histories.items()):
         epochs = [h['epoch']+1 for h in history]
         left.plot(epochs, [h['train_bound'] for h in history], f'C{n}--')

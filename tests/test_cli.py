@@ -22,7 +22,7 @@ def genrobust(*args, **kw):
 def torchrun(*args):
     "Two processes"
     env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg', PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
-    return subprocess.Popen(['torchrun', '--no-python', '--nproc-per-node', '2', 'genrobust', *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(['torchrun', '--standalone', '--no-python', '--nproc-per-node', '2', 'genrobust', *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 def train(out, epochs, *args): return genrobust('train', 'gfz', '--data', 'synthetic', '--images', 300, '--epochs', epochs, '--no-progress', '--out', out, *args)
 

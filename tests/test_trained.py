@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from genrobust.attacks import deepfool, fgsm
+from genrobust.data import Images
+from genrobust.detection import fit_detectors
 from genrobust.models import accuracy, digest, load_pretrained, pretrained_names
 from genrobust.results import PRESETS, wilson
 
@@ -40,14 +42,19 @@ def test_published_studies_are_of_the_shipped_weights(study):
         assert expected==digest(load_pretrained(name, device='cpu').state_dict()), f'the weights of {name} have changed: measure results/{study} again'
 
 @both
-def test_the_published_table_is_measured_again(name, fashion):
-    "The first images under Fast Gradient Sign, from weights and images"
-    preset = PRESETS['standard']
-    rows = pd.read_csv(ROOT/'results/standard/images.csv').query("model==@name and attack=='FGS' and seed==0")
-    n = preset.attacked//preset.seeds
+@pytest.mark.parametrize('label, attack, n', [('FGS', fgsm, PRESETS['standard'].attacked//PRESETS['standard'].seeds), ('DeepFool', deepfool, 6)], ids=['fgs', 'deepfool'])
+def test_the_published_table_is_measured_again(label, attack, n, name, fashion):
+    "The first images under two attacks, from weights and images"
+    rows = pd.read_csv(ROOT/'results/standard/images.csv').query('model==@name and attack==@label and image<@n')
     x, y = (v[:n] for v in fashion.test)
-    again = fgsm(load_pretrained(name, device='cpu'), x, y, seed=0).to_frame()
-    assert len(rows)==n
+    again = attack(load_pretrained(name, device='cpu'), x, y, seed=0).to_frame()
+    assert len(rows)==n and (rows.seed==0).all()
     assert again.y.tolist()==rows.label.tolist()
     for column in ('y_adv', 'success', 'initially_wrong'): assert again[column].tolist()==rows[column].tolist()
-    assert again.l2.to_numpy()==pytest.approx(rows.l2.to_numpy(), rel=1e-3)
+    assert again.l2.to_numpy()==pytest.approx(rows.l2.to_numpy(), rel=1e-3 if label=='FGS' else .02)
+
+def test_a_published_threshold_is_measured_again(fashion):
+    "Of a network that draws no random numbers"
+    preset, rows = PRESETS['standard'], pd.read_csv(ROOT/'results/standard/detectors.csv').query("model=='cnn' and detector=='kl'")
+    train, valid = (Images(*[v[:n] for v in part]) for part, n in ((fashion.train, preset.train), (fashion.valid, preset.valid)))
+    assert fit_detectors(load_pretrained('cnn', device='cpu'), train, valid)['kl'].threshold==pytest.approx(rows.threshold.item(), rel=1e-3)
