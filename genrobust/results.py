@@ -140,7 +140,7 @@ def measure(
         return dict(found, logits=predict(clf, x)), seconds
 
 # %% ../nbs/10_results.ipynb #10-017
-SHOWN = 'FGS', 'FGS, joint loss', 'DeepFool', 'Truncated-DeepFool', 'Carlini-Wagner', 'ZOO'
+SHOWN = 'FGS', 'FGS, joint loss', 'DeepFool', 'Truncated-DeepFool', 'Carlini-Wagner', 'ZOO'  # the report's attacks, in the picture that `reproduce` makes
 
 def show_attacks(
     results:dict, # Model: attack: `AttackResult`
