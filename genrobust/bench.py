@@ -28,7 +28,7 @@ from .attacks.gradient import apgd, fgsm, pgd
 from .attacks.penalty import carlini_wagner
 from .attacks.query import zoo
 from .data import Images, load_or_synthetic
-from .models import Double, Halve, build, load_pretrained, pick_device, predict, write_whole
+from .models import Double, Grow, Halve, build, load_pretrained, pick_device, predict, write_whole
 from .results import writable
 from .training import _epoch, _movers
 
@@ -119,7 +119,7 @@ def plain(
     import copy
     model = copy.deepcopy(model)
     for layer in model.modules():
-        if isinstance(layer, (Halve, Double)): layer.__class__ = type(layer).__base__
+        if isinstance(layer, (Halve, Double, Grow)): layer.__class__ = type(layer).__base__
     return model.to(memory_format=torch.contiguous_format)
 
 # %% ../nbs/11_speed.ipynb #11-024

@@ -31,7 +31,7 @@ def _move(average, weights, n):
 
 def _movers(model, lr):
     "What moves the weights, and what averages them"
-    return torch.optim.Adam(model.parameters(), lr=lr), AveragedModel(model, multi_avg_fn=_move)
+    return torch.optim.Adam(model.parameters(), lr=lr, fused=True), AveragedModel(model, multi_avg_fn=_move)
 
 def _meet(adversary, model, x, y):
     "The images to learn from: those of the adversary, if there is one, who meets the model in eval mode"
@@ -92,10 +92,10 @@ def _resume(path, model, optimiser, average, settings):
         if ours!=theirs: raise ValueError(f"{path} is the checkpoint of another run: its {name} are {theirs}, not {ours}; name another file, or delete this one")
     model.load_state_dict(_part(tensors, 'model'))
     average.load_state_dict(_part(tensors, 'average'))
-    state = {}
+    params, state = optimiser.param_groups[0]['params'], {}
     for name, value in _part(tensors, 'optim').items():
         i, key = name.split('.')
-        state.setdefault(int(i), {})[key] = value
+        state.setdefault(int(i), {})[key] = torch.empty_like(params[int(i)], device='cpu').copy_(value) if value.ndim else value  # strided like the weights: fused Adam goes by memory
     optimiser.load_state_dict(dict(state=state, param_groups=optimiser.state_dict()['param_groups']))
     return _part(tensors, 'best'), metadata['history']
 

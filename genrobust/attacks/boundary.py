@@ -51,8 +51,9 @@ def _deepfool(problem, p, steps, overshoot, step):
     low, high = (bound-problem.x for bound in problem.bounds)
     for _ in range(steps):
         logits, ahead, w = problem.differences(x[i], i, seen)
-        going, seen = ~problem.crossed(logits, i), None
-        i = i[going]
+        crossed, seen = problem.crossed(logits, i), None
+        problem.settle(logits[crossed], i[crossed])
+        going, i = ~crossed, i[~crossed]
         if not len(i): break
         gap = (ahead.abs()+2*resolution(logits)[:,None])[going]
         way = total[i]

@@ -191,9 +191,9 @@ def _key(*parts):
 
 class Problem:
     "A batch of images, a deterministic view of the model, and a count of what is spent; `i` indexes images of the batch"
-    def __init__(self, model, n_classes, x, y, target, bounds, seed, positions, seen=None):
-        self.model, self.n_classes, self.x, self.y, self.target, self.bounds = model, n_classes, x, y, target, bounds
-        self.seed, self.positions, self.seen, self._rngs = seed, positions, seen, None
+    def __init__(self, model, logits, x, y, target, bounds, seed, positions, seen=None):
+        self.model, self.n_classes, self.x, self.y, self.target, self.bounds = model, logits.shape[1], x, y, target, bounds
+        self.seed, self.positions, self.seen, self.ends, self._rngs = seed, positions, seen, torch.full_like(logits, torch.nan), None
         self.forwards, self.backwards = torch.zeros(2, len(x), dtype=torch.long, device=x.device)
 
     def __len__(self): return len(self.x)
@@ -261,6 +261,10 @@ class Problem:
             self.backwards[i] += 1 if quick else ahead.shape[1]
         return logits.detach(), ahead.detach(), w
 
+    def settle(self, logits:Tensor, i:Tensor) -> None:
+        "Note the logits `[len(i),C]` at which images `i` end, so that nobody has to ask again; in vain for a model that may answer otherwise, one without `fixed`."
+        if hasattr(self.model, 'fixed'): self.ends[i] = logits
+
     def random(self, draw:Callable, i:Tensor) -> Tensor:
         "`draw(shape, generator)` for each image, from random numbers of its own, stacked."
         if self._rngs is None: self._rngs = [torch.Generator().manual_seed(_key(self.seed, int(n))) for n in self.positions]
@@ -325,13 +329,15 @@ def _box(bounds):
 
 def _check_within(bounds, **images):
     low, high = _box(bounds)
-    for name, x in images.items(): require(bool((x>=low).all() and (x<=high).all()), f"{name} must lie within bounds [{low:g}, {high:g}], found [{x.min():g}, {x.max():g}]")
+    for name, x in images.items():
+        least, most = x.min(), x.max()
+        require(bool(low<=least and most<=high), f"{name} must lie within bounds [{low:g}, {high:g}], found [{least:g}, {most:g}]")
 
 def _check_input(x, bounds, batch_size):
     if batch_size is not None: check_counts(batch_size=batch_size)
     require(isinstance(x, Tensor) and x.is_floating_point() and x.ndim>=2, f"x must be a float tensor [B,...], found {type(x).__name__} {getattr(x, 'dtype', '')} {list(getattr(x, 'shape', []))}")
     require(x.numel()>0, "x holds no image")
-    require(bool(torch.isfinite(x).all()), "x holds NaN or infinity")
+    require(bool(x.min().isfinite() and x.max().isfinite()), "x holds NaN or infinity")
     _check_within(bounds, x=x)
 
 def _check_logits(logits, n):
@@ -389,13 +395,15 @@ def _attack_batch(solve, look, minimum_norm, model, x, y, target, bounds, seed, 
     x_adv, y_adv, success, forwards, backwards = x.clone(), before.clone(), before!=before, torch.ones_like(y), torch.full_like(y, seen is not None)
     i = (before==y).nonzero().squeeze(1)
     if len(i):
-        problem = Problem(model, logits.shape[1], x[i], y[i], None if target is None else target[i], bounds, seed, positions[i.cpu()], None if seen is None else (logits[i], seen[i]))
+        problem = Problem(model, logits[i], x[i], y[i], None if target is None else target[i], bounds, seed, positions[i.cpu()], None if seen is None else (logits[i], seen[i]))
         found = solve(problem).detach()
-        found = torch.where(found.isfinite().flatten(1).all(1).view(-1, *[1]*(x.ndim-1)), found, problem.x)
-        logits = problem.logits(found, problem.all)
+        broken = ~(found.flatten(1).amin(1).isfinite() & found.flatten(1).amax(1).isfinite())
+        found[broken] = problem.x[broken]
+        logits, ask = problem.ends, (problem.ends.isnan().any(1) | broken).nonzero().squeeze(1)
+        if len(ask): logits[ask] = problem.logits(found[ask], ask)
         won = problem.fooled(logits, problem.all)
-        kept = won if minimum_norm else torch.ones_like(won)
-        x_adv[i[kept]], y_adv[i[kept]], success[i] = found[kept], logits.argmax(1)[kept], won
+        if minimum_norm: found[~won] = problem.x[~won]
+        x_adv[i], y_adv[i], success[i] = found, logits.argmax(1).where(won | (not minimum_norm), y[i]), won
         forwards[i] += problem.forwards
         backwards[i] += problem.backwards
     result = dict(x=x, x_adv=x_adv, y=y, y_adv=y_adv, success=success, initially_wrong=before!=y, forwards=forwards, backwards=backwards)
@@ -434,7 +442,7 @@ def run(
         if hasattr(model, 'fixed') and (fixed := model.fixed(seed)) is not model: model, settings = fixed, dict(settings, noise_seed=seed)
         device = _device(model, x)
         for n in progress_bar(batches) if progress else batches:
-            args = [None if v is None else v[n.to(v.device)].detach().clone(memory_format=torch.contiguous_format).to(device) for v in (x, y, target)]
+            args = [None if v is None else v[n[0]:n[-1]+1].detach().clone(memory_format=torch.contiguous_format).to(device) for v in (x, y, target)]
             part = _attack_batch(solve, look, minimum_norm, model, *args, bounds, seed, n)
             parts.append({k: v.to(x.device) for k,v in part.items()})
     return AttackResult(**{k: torch.cat([part[k] for part in parts]) for k in parts[0]}, settings=settings)
