@@ -51,7 +51,7 @@ def _all_gradients(model, x):
 
 # %% ../nbs/11_speed.ipynb #11-011
 def _wait(device):
-    if torch.device(device).type=='cuda': torch.cuda.synchronize(device)
+    if torch.device(device).type!='cpu': getattr(torch, torch.device(device).type).synchronize()
 
 def time_calls(
     work:Callable, # Called on what `fresh` returns

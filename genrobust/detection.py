@@ -192,9 +192,9 @@ def detectors_from_logits(
 
 # %% ../nbs/08_detection.ipynb #08-028
 def _fingerprint(model):
-    "A hash of what a model's scores depend on: weights, noise if it is fixed, number of samples"
-    samples = torch.tensor(getattr(getattr(model, 'clf', model), 'n_samples', 0))
-    return digest({**model.state_dict(), **dict(model.named_buffers()), 'n_samples': samples})
+    "A hash of what a model's scores depend on: weights, noise if it is fixed, numbers of samples and of draws"
+    numbers = torch.tensor([getattr(getattr(model, 'clf', model), 'n_samples', 0), getattr(model, 'draws', 1)])
+    return digest({**model.state_dict(), **dict(model.named_buffers()), 'numbers': numbers})
 
 @patch
 def save(self:Detector,
@@ -323,7 +323,7 @@ def detect(
     n_valid:int=5000, # Validation images to choose the thresholds with
     n_clean:int=2000, # Test images that are scored as they are
     seed:int=0 # Of the fresh noise
-) -> tuple[dict, pd.DataFrame]: # Detectors by name; the rows of `score_images`, with `attack` ('clean' where there is none), `success` and `initially_wrong`
+) -> tuple[dict, pd.DataFrame]: # Detectors by name; the rows of `score_images`, with `attack` ('clean' where there is none), `success` and `initially_wrong`; `image` is -1 in a result that is not of the first test images, in order
     "Put every detector that a model can have before clean images and attacked ones, with fresh noise for each."
     check_counts(n_train=n_train, n_valid=n_valid, n_clean=n_clean)
     train, valid, clean = (Images(*[v[:n] for v in part]) for part,n in zip(splits, (n_train, n_valid, n_clean)))
@@ -331,7 +331,8 @@ def detect(
         torch.manual_seed(seed)
         found = fit_detectors(model, train, valid, fpr)
         frames = [score_images(found, *clean).assign(attack='clean', success=False, initially_wrong=False)]
-        frames += [score_images(found, r.x_adv, r.y).assign(attack=name, success=r.success.cpu().numpy(), initially_wrong=r.initially_wrong.cpu().numpy()) for name,r in results.items()]
+        def number(r): return range(len(r.x)) if torch.equal(r.x.cpu(), splits.test.x[:len(r.x)].cpu()) else -1
+        frames += [score_images(found, r.x_adv, r.y).assign(image=number(r), attack=name, success=r.success.cpu().numpy(), initially_wrong=r.initially_wrong.cpu().numpy()) for name,r in results.items()]
     return found, pd.concat(frames, ignore_index=True)
 
 # %% ../nbs/08_detection.ipynb #08-039
@@ -355,7 +356,9 @@ def detected(
     if slip(two_classes): frame = frame[frame.label<2]
     clean, attacked = frame[frame.attack=='clean'], frame[frame.attack==attack]
     counted = attacked[attacked.success | attacked.initially_wrong & slip(wrong_too)]
-    if slip(alpha_on_batch): threshold = None
+    if slip(alpha_on_batch):
+        require((attacked.image>=0).all(), "alpha_on_batch needs an attack on the first test images, in order, whose clean versions are known")
+        threshold = None
     return roc(clean[clean.image.isin(attacked.image)][detector] if threshold is None else clean[detector], counted[detector], threshold, fpr)
 
 def let_through(

@@ -65,7 +65,8 @@ class Double(nn.ConvTranspose2d):
         return F.pixel_shuffle(F.conv2d(x, kernel, self.bias.repeat_interleave(4), padding=1), 2)
 
 class Grow(nn.ConvTranspose2d):
-    "A transposed convolution that adds its bias afterwards"
+    "A transposed 5x5 convolution of stride 2 and padding 2 that adds its bias afterwards"
+    def __init__(self, n_in:int, n_out:int, output_padding:int): super().__init__(n_in, n_out, 5, 2, 2, output_padding)
     def forward(self, x): return F.conv_transpose2d(x, self.weight, None, self.stride, self.padding, self.output_padding).add_(self.bias[:,None,None])
 
 # %% ../nbs/01_models.ipynb #01-018
@@ -98,7 +99,7 @@ class Painter(nn.Module):
         super().__init__()
         self.dense = Head(n_in, 64*4*4, hidden, dropout)
         self.paint = nn.Sequential(nn.ReLU(), nn.Unflatten(1, (64,4,4)),
-            Grow(64, 64, 5, 2, 2), nn.ReLU(True), Grow(64, 64, 5, 2, 2, 1), nn.ReLU(True),
+            Grow(64, 64, 0), nn.ReLU(True), Grow(64, 64, 1), nn.ReLU(True),
             Double(64, 1), nn.Sigmoid(), nn.Flatten())
     def forward(self, *inputs):
         h = self.dense(*inputs)
@@ -339,8 +340,8 @@ class OnNoise(nn.Module):
         self.register_buffer('noise', noise.to(clf.labels), persistent=False)
     def forward(self, x:Tensor) -> Tensor: return _estimate(self.log_terms(x), self.draws)
     def fixed(self, seed:int=0, n_samples:int|None=None) -> nn.Module:
-        "Itself: it has its noise."
-        return self
+        "Itself, which has its noise already; or with another number of samples, another."
+        return self if n_samples is None else self.clf.fixed(seed, n_samples)
     def _need_density(self): self.clf._need_density()
     log_joint, log_marginal = Classifier.log_joint, Classifier.log_marginal
     def log_terms(self, x:Tensor) -> dict: return self.clf.log_terms(x, self.noise)

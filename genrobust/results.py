@@ -108,8 +108,8 @@ def plan(
     return [stage for model in models for stage in of(model)]
 
 def _settings(stage, data, clf, draws):
-    "All that the outcome of a stage depends on"
-    return dict(stage._asdict(), data=data, weights=digest(clf.state_dict()), **(dict(attack=str(signature(ATTACKS[stage.what])), draws=draws) if stage.what in ATTACKS else {}))
+    "All that the outcome of a stage depends on, but for the code"
+    return dict(stage._asdict(), data=data, weights=digest(clf.state_dict()), config=clf.config, **(dict(attack=str(signature(ATTACKS[stage.what])), draws=draws) if stage.what in ATTACKS else {}))
 
 def _file(folder, settings):
     key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -42,9 +42,9 @@ def _epoch(model, optimiser, average, data, batches, adversary, amp, prices=repe
     total = 0.
     for index, kl in zip(batches, prices):
         y = data.y[index]
-        with torch.autocast(y.device.type, torch.bfloat16, enabled=amp):
-            x = _meet(adversary, model, data.x[index], y)
-            loss = model.train().loss(x, y, kl)
+        def mixed(): return torch.autocast(y.device.type, torch.bfloat16, enabled=amp)
+        with mixed(): x = _meet(adversary, model, data.x[index], y)
+        with mixed(): loss = model.train().loss(x, y, kl)  # anew: in old versions of PyTorch weights that were cast without a gradient stay so
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

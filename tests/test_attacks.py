@@ -83,10 +83,32 @@ def test_passes_are_counted_as_spent(attack):
             self.forwards += len(x)
             if x.requires_grad: x.register_hook(lambda g: setattr(self, 'backwards', self.backwards+len(x)))
             return self.inner(x)
-    model = Counting().eval()
-    result = attack_small(attack, model, elsewhere()[1], bounds=(-1, 1))
-    assert result.forwards.sum()==model.forwards
-    assert result.backwards.sum()==model.backwards
+    class Still(Counting):
+        def fixed(self, seed): return self
+    for model in (Counting().eval(), Still().eval()):
+        result = attack_small(attack, model, elsewhere()[1], bounds=(-1, 1))
+        assert result.forwards.sum()==model.forwards
+        assert result.backwards.sum()==model.backwards
+
+def test_deepfool_asks_again_where_the_answer_may_change():
+    "A lucky draw of dropout is no success of a model in training mode, though it has `fixed`"
+    model, x = CNN(dropout=.9), torch.rand(64, 1, 28, 28)
+    settled = deepfool(model.eval(), x, steps=5)
+    assert settled.success.any() and torch.equal(settled.forwards[settled.success], 1+settled.backwards[settled.success]//9)
+    asked = deepfool(model.train(), x, steps=5, allow_training=True)
+    assert not asked.success.all()
+
+@every_attack
+def test_models_take_no_more_images_at_once_than_they_say(attack):
+    class Small(nn.Module):
+        images_at_once = 3
+        def __init__(self):
+            super().__init__()
+            self.inner = elsewhere()[0]
+        def forward(self, x):
+            assert len(x)<=3
+            return self.inner(x)
+    assert attack_small(attack, Small().eval(), elsewhere()[1], bounds=(-1, 1)).x_adv.shape==elsewhere()[1].shape
 
 @every_attack
 def test_refuses_training_mode_and_nonsense(attack):

@@ -128,7 +128,7 @@ def test_noise_and_samples_belong_to_the_model_of_a_detector(tmp_path):
     detector.statistics = dict(usual=torch.full((10,10), .1), mean=torch.zeros(10), std=torch.ones(10))
     detector.save(tmp_path/'kl')
     assert repr(KLDetector.load(tmp_path/'kl', clf.fixed(0)))==repr(detector)
-    for other in (clf, clf.fixed(1), clf.fixed(0, n_samples=3)):
+    for other in (clf, clf.fixed(1), clf.fixed(0, n_samples=3), clf.averaged(2)):
         with pytest.raises(ValueError, match='another model'): KLDetector.load(tmp_path/'kl', other)
 
 def test_detect_scores_attacks_and_counts_what_should_count(model, splits):
@@ -137,12 +137,19 @@ def test_detect_scores_attacks_and_counts_what_should_count(model, splits):
     assert frame.groupby('attack', sort=False).size().to_dict()=={'clean': 300, 'FGS': 100, 'noise': 50}
     of, result = frame[frame.attack=='FGS'], results['FGS']
     assert of.success.tolist()==result.success.tolist() and of.prediction.tolist()==result.y_adv.tolist() and of.label.tolist()==result.y.tolist()
+    assert of.image.tolist()==list(range(100))
     for name, detector in found.items():
         judged = detected(frame, 'FGS', name, detector.threshold)
         assert torch.allclose(torch.tensor(judged.adversarial), detector.score(result.x_adv[result.success]).double(), atol=1e-3) and len(judged.clean)==300
         assert judged.rate==pytest.approx(detector.rejects(result.x_adv[result.success]).double().mean().item())
         passed = let_through(frame, 'FGS', name, detector.threshold)
         assert len(passed)==result.attacked.sum() and passed.sum()==(result.success & ~detector.rejects(result.x_adv)).sum()
+
+def test_the_clean_versions_of_other_images_are_not_guessed(model, splits):
+    later = fgsm(model, *(v[100:150] for v in splits.test), eps=.05)
+    _, frame = detect(model, {'FGS': later}, splits, n_train=600, n_valid=100, n_clean=50)
+    assert (frame[frame.attack=='FGS'].image==-1).all()
+    with pytest.raises(ValueError, match='first test images'): detected(frame, 'FGS', 'kl', 0., alpha_on_batch=True)
 
 def test_detect_is_repeatable_and_leaves_random_numbers_alone(noisy, splits):
     state = torch.random.get_rng_state()

@@ -8,7 +8,7 @@ __all__ = ['margin', 'log_odds', 'resolution', 'require', 'jacobian', 'gradient_
            'rescore', 'random_noise', 'one_vs_all']
 
 # %% ../../nbs/03_attacks.ipynb #03-005
-import hashlib, json, math, os
+import hashlib, json, math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -23,6 +23,8 @@ from fastcore.meta import delegates
 from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from ..models import in_parts, write_whole
 
 # %% ../../nbs/03_attacks.ipynb #03-008
 def _others(logits, y): return logits.scatter(1, y[:,None], -torch.inf)
@@ -57,9 +59,10 @@ def _differentiable(logits):
     require(logits.requires_grad, "the model's logits have no gradient with respect to its input")
     return logits
 
-def _in_parts(model, x, most=None):
-    "Images in parts that the model takes at once: its `images_at_once`, where it has one"
-    return x.split(min(getattr(model, 'images_at_once', None) or len(x), most or len(x)) or 1)
+def _answer(model, x, most=None):
+    "Logits, asked for in parts that the model takes at once"
+    parts = in_parts(model, x, most)
+    return model(x) if len(parts)==1 else torch.cat([model(part) for part in parts])
 
 def jacobian(
     model:nn.Module, # Images to logits, image by image
@@ -68,7 +71,7 @@ def jacobian(
 ) -> tuple[Tensor, Tensor]: # Logits `[B,C]`, and their gradients `[B,C,...]`
     "All logits and all their gradients: one backward pass where the model offers `per_class_logits`, else one for each class."
     with torch.inference_mode(False), torch.enable_grad():
-        return tuple(map(torch.cat, zip(*[_jacobian(model, part.detach().clone(), n_classes) for part in _in_parts(model, x)])))
+        return tuple(map(torch.cat, zip(*[_jacobian(model, part.detach().clone(), n_classes) for part in in_parts(model, x)])))
 
 def _jacobian(model, x, n_classes):
     if hasattr(model, 'per_class_logits'):
@@ -91,7 +94,7 @@ def gradient_of(
         x = x.detach().requires_grad_()
         logits = _differentiable(model(x))
         return logits.detach(), torch.autograd.grad(objective(logits, i).sum(), x)[0]
-    return tuple(map(torch.cat, zip(*map(of, _in_parts(model, x), _in_parts(model, i)))))
+    return tuple(map(torch.cat, zip(*map(of, in_parts(model, x), in_parts(model, i)))))
 
 # %% ../../nbs/03_attacks.ipynb #03-017
 @dataclass(repr=False)
@@ -158,13 +161,7 @@ def _tensors(self:AttackResult): return {f.name: v for f in fields(self) if isin
 @patch
 def save(self:AttackResult, path:str|Path) -> None:
     "Write a safetensors file, whole or not at all; an `OSError` if that cannot be done."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        tmp.write_bytes(safetensors.torch.save({k: v.contiguous() for k,v in self._tensors().items()}, dict(settings=json.dumps(self.settings))))
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    write_whole(path, safetensors.torch.save({k: v.contiguous() for k,v in self._tensors().items()}, dict(settings=json.dumps(self.settings))))
 
 @patch(cls_method=True)
 def load(cls:AttackResult, path:str|Path) -> AttackResult:
@@ -194,6 +191,7 @@ class Problem:
     def __init__(self, model, logits, x, y, target, bounds, seed, positions, seen=None):
         self.model, self.n_classes, self.x, self.y, self.target, self.bounds = model, logits.shape[1], x, y, target, bounds
         self.seed, self.positions, self.seen, self.ends, self._rngs = seed, positions, seen, torch.full_like(logits, torch.nan), None
+        self.still = x.device.type=='cpu' and hasattr(model, 'fixed') and not any(m.training for m in model.modules())
         self.forwards, self.backwards = torch.zeros(2, len(x), dtype=torch.long, device=x.device)
 
     def __len__(self): return len(self.x)
@@ -234,7 +232,7 @@ class Problem:
     def ask(self, points:Tensor, i:Tensor) -> Tensor:
         "`[len(i),n,...]` to logits `[len(i),n,C]`: `n` forward passes an image, a thousand or fewer at a time."
         self.forwards[i] += points.shape[1]
-        return torch.cat([self.model(part) for part in _in_parts(self.model, points.flatten(0, 1), 1024)]).unflatten(0, points.shape[:2])
+        return _answer(self.model, points.flatten(0, 1), 1024).unflatten(0, points.shape[:2])
 
     def gradient(self, objective:Callable, x:Tensor, i:Tensor) -> tuple[Tensor, Tensor]:
         "Logits, and the gradient with respect to `x` of `objective(logits, i) -> [len(i)]`, for one forward and one backward."
@@ -251,6 +249,7 @@ class Problem:
         "Logits `[b,C]`, those of the classes to reach less that of the class to leave `[b,n]`, and the gradients of these differences `[b,n,...]`; for nothing where the Jacobian was `seen`."
         def less(values, here, goals): return values[rows,goals]-values[rows,here]
         rows, quick = torch.arange(len(i), device=i.device)[:,None], hasattr(self.model, 'per_class_logits')
+        if not quick and len(parts := in_parts(self.model, x))>1: return tuple(map(torch.cat, zip(*map(self.differences, parts, in_parts(self.model, i)))))
         x = x.detach().requires_grad_()
         logits, J = seen or (jacobian(self.model, x, self.n_classes) if quick else (_differentiable(self.model(x)), None))
         rivals = self._rivals(logits.detach(), i)
@@ -262,8 +261,8 @@ class Problem:
         return logits.detach(), ahead.detach(), w
 
     def settle(self, logits:Tensor, i:Tensor) -> None:
-        "Note the logits `[len(i),C]` at which images `i` end, so that nobody has to ask again; in vain for a model that may answer otherwise, one without `fixed`."
-        if hasattr(self.model, 'fixed'): self.ends[i] = logits
+        "Note the logits `[len(i),C]` at which images `i` end, so that nobody has to ask again; in vain where the model might answer otherwise: one that is not `fixed`, in training mode, or on a GPU, where rounding is coarser than `resolution`."
+        if self.still: self.ends[i] = logits
 
     def random(self, draw:Callable, i:Tensor) -> Tensor:
         "`draw(shape, generator)` for each image, from random numbers of its own, stacked."
@@ -371,7 +370,7 @@ def _device(model, x):
 # %% ../../nbs/03_attacks.ipynb #03-029
 def just_look(model, x, labels):
     "Logits, and nothing else"
-    with torch.no_grad(): return model(x), None
+    with torch.no_grad(): return _answer(model, x), None
 
 def differentiating(score):
     "A look that sees the gradient of `score(logits, y, target)` too"
@@ -396,7 +395,7 @@ def _attack_batch(solve, look, minimum_norm, model, x, y, target, bounds, seed, 
     i = (before==y).nonzero().squeeze(1)
     if len(i):
         problem = Problem(model, logits[i], x[i], y[i], None if target is None else target[i], bounds, seed, positions[i.cpu()], None if seen is None else (logits[i], seen[i]))
-        found = solve(problem).detach()
+        found = solve(problem).detach().clone()
         broken = ~(found.flatten(1).amin(1).isfinite() & found.flatten(1).amax(1).isfinite())
         found[broken] = problem.x[broken]
         logits, ask = problem.ends, (problem.ends.isnan().any(1) | broken).nonzero().squeeze(1)
@@ -469,7 +468,7 @@ def rescore(
     check_counts(draws=draws, batch_size=batch_size)
     _check_mode(clf, False)
     device, predictions = _device(clf, result.x), []
-    batches = _in_parts(clf, result.x_adv, batch_size)
+    batches = in_parts(clf, result.x_adv, batch_size)
     with torch.random.fork_rng():
         torch.manual_seed(_key('rescore', int(seed)))
         for part in progress_bar(batches) if progress else batches:

@@ -115,7 +115,7 @@ def _start(problem, kappa, c, lr):
     for rival in rivals if problem.target is None else [None]:
         def lead(logits, i):
             "The gap to this rival instead of the largest"
-            shift = 0 if rival is None else logits[i,rival] - _others(logits, problem.y[i]).amax(1)
+            shift = 0 if rival is None else logits.gather(1, rival[i,None]).squeeze(1) - _others(logits, problem.y[i]).amax(1)
             return (problem.gap(logits, i, kappa) - shift).to(x.dtype)
         logits, g = problem.gradient(lead, problem.x, i)
         to_close = lead(logits, i)
