@@ -39,10 +39,9 @@ def _meet(adversary, model, x, y):
 
 def _epoch(model, optimiser, average, data, batches, adversary, amp, prices=repeat(1.)):
     "One pass over the training images; the mean loss"
-    total = 0.
+    total, mixed = 0., partial(torch.autocast, data.y.device.type, torch.bfloat16, enabled=amp)
     for index, kl in zip(batches, prices):
         y = data.y[index]
-        def mixed(): return torch.autocast(y.device.type, torch.bfloat16, enabled=amp)
         with mixed(): x = _meet(adversary, model, data.x[index], y)
         with mixed(): loss = model.train().loss(x, y, kl)  # anew: in old versions of PyTorch weights that were cast without a gradient stay so
         optimiser.zero_grad()
