@@ -8,7 +8,7 @@ __all__ = ['margin', 'log_odds', 'resolution', 'require', 'jacobian', 'gradient_
            'rescore', 'random_noise', 'one_vs_all']
 
 # %% ../../nbs/03_attacks.ipynb #03-005
-import hashlib, json, math
+import hashlib, json, math, os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from numbers import Integral
@@ -23,8 +23,6 @@ from fastcore.meta import delegates
 from fastprogress import progress_bar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-
-from ..models import in_parts, write_whole
 
 # %% ../../nbs/03_attacks.ipynb #03-008
 def _others(logits, y): return logits.scatter(1, y[:,None], -torch.inf)
@@ -59,9 +57,13 @@ def _differentiable(logits):
     require(logits.requires_grad, "the model's logits have no gradient with respect to its input")
     return logits
 
+def _in_parts(model, x, most=None):
+    "Images in parts that the model takes at once: its `images_at_once`, where it has one"
+    return x.split(min(getattr(model, 'images_at_once', None) or len(x), most or len(x)) or 1)
+
 def _answer(model, x, most=None):
     "Logits, asked for in parts that the model takes at once"
-    parts = in_parts(model, x, most)
+    parts = _in_parts(model, x, most)
     return model(x) if len(parts)==1 else torch.cat([model(part) for part in parts])
 
 def jacobian(
@@ -71,7 +73,7 @@ def jacobian(
 ) -> tuple[Tensor, Tensor]: # Logits `[B,C]`, and their gradients `[B,C,...]`
     "All logits and all their gradients: one backward pass where the model offers `per_class_logits`, else one for each class."
     with torch.inference_mode(False), torch.enable_grad():
-        return tuple(map(torch.cat, zip(*[_jacobian(model, part.detach().clone(), n_classes) for part in in_parts(model, x)])))
+        return tuple(map(torch.cat, zip(*[_jacobian(model, part.detach().clone(), n_classes) for part in _in_parts(model, x)])))
 
 def _jacobian(model, x, n_classes):
     if hasattr(model, 'per_class_logits'):
@@ -94,7 +96,7 @@ def gradient_of(
         x = x.detach().requires_grad_()
         logits = _differentiable(model(x))
         return logits.detach(), torch.autograd.grad(objective(logits, i).sum(), x)[0]
-    return tuple(map(torch.cat, zip(*map(of, in_parts(model, x), in_parts(model, i)))))
+    return tuple(map(torch.cat, zip(*map(of, _in_parts(model, x), _in_parts(model, i)))))
 
 # %% ../../nbs/03_attacks.ipynb #03-017
 @dataclass(repr=False)
@@ -161,7 +163,13 @@ def _tensors(self:AttackResult): return {f.name: v for f in fields(self) if isin
 @patch
 def save(self:AttackResult, path:str|Path) -> None:
     "Write a safetensors file, whole or not at all; an `OSError` if that cannot be done."
-    write_whole(path, safetensors.torch.save({k: v.contiguous() for k,v in self._tensors().items()}, dict(settings=json.dumps(self.settings))))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    try:
+        tmp.write_bytes(safetensors.torch.save({k: v.contiguous() for k,v in self._tensors().items()}, dict(settings=json.dumps(self.settings))))
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
 
 @patch(cls_method=True)
 def load(cls:AttackResult, path:str|Path) -> AttackResult:
@@ -249,7 +257,7 @@ class Problem:
         "Logits `[b,C]`, those of the classes to reach less that of the class to leave `[b,n]`, and the gradients of these differences `[b,n,...]`; for nothing where the Jacobian was `seen`."
         def less(values, here, goals): return values[rows,goals]-values[rows,here]
         rows, quick = torch.arange(len(i), device=i.device)[:,None], hasattr(self.model, 'per_class_logits')
-        if not quick and len(parts := in_parts(self.model, x))>1: return tuple(map(torch.cat, zip(*map(self.differences, parts, in_parts(self.model, i)))))
+        if not quick and len(parts := _in_parts(self.model, x))>1: return tuple(map(torch.cat, zip(*map(self.differences, parts, _in_parts(self.model, i)))))
         x = x.detach().requires_grad_()
         logits, J = seen or (jacobian(self.model, x, self.n_classes) if quick else (_differentiable(self.model(x)), None))
         rivals = self._rivals(logits.detach(), i)
@@ -468,7 +476,7 @@ def rescore(
     check_counts(draws=draws, batch_size=batch_size)
     _check_mode(clf, False)
     device, predictions = _device(clf, result.x), []
-    batches = in_parts(clf, result.x_adv, batch_size)
+    batches = _in_parts(clf, result.x_adv, batch_size)
     with torch.random.fork_rng():
         torch.manual_seed(_key('rescore', int(seed)))
         for part in progress_bar(batches) if progress else batches:
