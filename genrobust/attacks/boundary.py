@@ -13,7 +13,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, check_counts, check_positive, check_range, jacobian, just_look, require, resolution, run
+from .core import AttackResult, check_counts, check_positive, check_range, require, resolution, run, with_jacobian
 
 # %% ../../nbs/05_deepfool.ipynb #05-008
 def linear_step(
@@ -61,10 +61,6 @@ def _deepfool(problem, p, steps, overshoot, step):
         x[i], total[i] = problem.clip(problem.x[i] + (1+overshoot)*way), way.clamp(low[i], high[i])
     return x
 
-def _look(model, x, labels):
-    "With all gradients, where one backward pass gives them"
-    return jacobian(model, x) if hasattr(model, 'per_class_logits') and hasattr(model, 'n_classes') else just_look(model, x, labels)
-
 def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
     require(isinstance(p, Real) and p>1, f"p must be a number above 1 (inf included), found {p!r}")
     check_counts(steps=steps)
@@ -72,7 +68,7 @@ def _run_deepfool(name, model, x, y, p, steps, overshoot, step, kwargs):
     check_positive(step=step)
     check_range(0, 1, step=step)
     settings = dict(attack=name, p=p, steps=steps, overshoot=overshoot, step=step)
-    return run(lambda problem: _deepfool(problem, p, steps, overshoot, step), model, x, y, settings=settings, look=_look, **kwargs)
+    return run(lambda problem: _deepfool(problem, p, steps, overshoot, step), model, x, y, settings=settings, look=with_jacobian, **kwargs)
 
 # %% ../../nbs/05_deepfool.ipynb #05-013
 @delegates(run, but=['minimum_norm','look'])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['margin', 'log_odds', 'resolution', 'require', 'jacobian', 'gradient_of', 'AttackResult', 'Problem', 'Best', 'Nearest',
-           'check_counts', 'check_range', 'check_positive', 'just_look', 'differentiating', 'run', 'Rescored',
-           'rescore', 'random_noise', 'one_vs_all']
+           'check_counts', 'check_range', 'check_positive', 'just_look', 'with_jacobian', 'differentiating', 'run',
+           'Rescored', 'rescore', 'random_noise', 'one_vs_all']
 
 # %% ../../nbs/03_attacks.ipynb #03-005
 import hashlib, json, math, os
@@ -248,19 +248,19 @@ class Problem:
         self.backwards[i] += 1
         return gradient_of(objective, self.model, x, i)
 
-    def _rivals(self, logits, i):
-        "Class to leave `[b,1]` and classes to reach `[b,n]`: the label and all others, or the leader of all others and the target"
-        if self.target is None: return self.y[i,None], (self.y[i,None]+torch.arange(1, self.n_classes, device=logits.device)) % self.n_classes
+    def _rivals(self, logits, i, most):
+        "Class to leave `[b,1]` and classes to reach `[b,n]`: the label and at `most` so many others, the strongest first, or the leader of all others and the target"
+        if self.target is None: return self.y[i,None], _others(logits, self.y[i]).topk(min(most or logits.shape[1], logits.shape[1]-1)).indices
         return _others(logits, self.target[i]).argmax(1, keepdim=True), self.target[i,None]
 
-    def differences(self, x:Tensor, i:Tensor, seen:tuple|None=None) -> tuple[Tensor, Tensor, Tensor]:
-        "Logits `[b,C]`, those of the classes to reach less that of the class to leave `[b,n]`, and the gradients of these differences `[b,n,...]`; for nothing where the Jacobian was `seen`."
+    def differences(self, x:Tensor, i:Tensor, seen:tuple|None=None, most:int|None=None) -> tuple[Tensor, Tensor, Tensor]:
+        "Logits `[b,C]`, those of the classes to reach (all, or the `most` strongest) less that of the class to leave `[b,n]`, and the gradients of these differences `[b,n,...]`; for nothing where the Jacobian was `seen`."
         def less(values, here, goals): return values[rows,goals]-values[rows,here]
         rows, quick = torch.arange(len(i), device=i.device)[:,None], hasattr(self.model, 'per_class_logits')
-        if not quick and len(parts := _in_parts(self.model, x))>1: return tuple(map(torch.cat, zip(*map(self.differences, parts, _in_parts(self.model, i)))))
+        if not quick and len(parts := _in_parts(self.model, x))>1: return tuple(map(torch.cat, zip(*[self.differences(*part, most=most) for part in zip(parts, _in_parts(self.model, i))])))
         x = x.detach().requires_grad_()
         logits, J = seen or (jacobian(self.model, x, self.n_classes) if quick else (_differentiable(self.model(x)), None))
-        rivals = self._rivals(logits.detach(), i)
+        rivals = self._rivals(logits.detach(), i, most)
         ahead = less(logits, *rivals)
         w = less(J, *rivals) if quick else torch.stack([torch.autograd.grad(each.sum(), x, retain_graph=True)[0] for each in ahead.unbind(1)], 1)
         if not seen:
@@ -379,6 +379,10 @@ def _device(model, x):
 def just_look(model, x, labels):
     "Logits, and nothing else"
     with torch.no_grad(): return _answer(model, x), None
+
+def with_jacobian(model, x, labels):
+    "A look that sees all gradients too, where one backward pass gives them"
+    return jacobian(model, x) if hasattr(model, 'per_class_logits') and hasattr(model, 'n_classes') else just_look(model, x, labels)
 
 def differentiating(score):
     "A look that sees the gradient of `score(logits, y, target)` too"

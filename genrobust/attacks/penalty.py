@@ -8,12 +8,13 @@ __all__ = ['Adam', 'minimise', 'check_penalty', 'linear_scale', 'carlini_wagner'
 # %% ../../nbs/06_carlini_wagner.ipynb #06-005
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, Nearest, Problem, _others, check_counts, check_positive, check_range, run
+from .core import AttackResult, Nearest, Problem, check_counts, check_positive, check_range, resolution, run, with_jacobian
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-010
 class Adam:
@@ -94,36 +95,25 @@ def linear_scale(
     estimates = 5*n*rate**2/gap.abs().clamp_min(torch.finfo(gap.dtype).eps), share*rate
     return tuple(estimate if given is None else torch.full_like(estimate, given) for estimate, given in zip(estimates, (c, lr)))
 
-def _flat_step(problem, gap, g):
-    "The smallest step in the box that closes `gap` at slope `g` `[B,D]`, and its length: Newton's method in its multiplier, exact after finitely many steps"
+def _flat_step(problem, gap, w):
+    "The smallest step in the box that closes `gap` at slope `w` `[B,D]`, and its length: Newton's method in its multiplier, exact after finitely many steps"
     x, (low, high), multiplier = problem.x.flatten(1), problem.bounds, torch.zeros_like(gap)
     for _ in range(20):
-        z = x - multiplier[:,None]*g
-        free = torch.where(g<0, z<high, z>low)
-        multiplier = multiplier + (gap + (g*(problem.clip(z)-x)).sum(1))/(g.square()*free).sum(1)
-    step = problem.clip(x - multiplier[:,None]*g) - x
+        z = x + multiplier[:,None]*w
+        free = torch.where(w>0, z<high, z>low)
+        multiplier = multiplier + (gap - (w*(problem.clip(z)-x)).sum(1))/(w.square()*free).sum(1)
+    step = problem.clip(x + multiplier[:,None]*w) - x
     reached = multiplier.isfinite()
     return torch.where(reached[:,None], step, 0).view_as(problem.x), torch.where(reached, step.norm(dim=1), torch.inf)
 
 def _start(problem, kappa, c, lr):
     "On the nearest boundary to one of the nine strongest rivals, or to the target, were boundaries flat"
-    i, x = problem.all, problem.x.clone()
-    logits = problem.logits(x, i)
-    rivals = _others(logits, problem.y).topk(min(9, problem.n_classes-1)).indices.T
-    gap = problem.gap(logits, i, kappa)
-    distance = torch.full_like(gap, torch.inf)
-    for rival in rivals if problem.target is None else [None]:
-        def lead(logits, i):
-            "The gap to this rival instead of the largest"
-            shift = 0 if rival is None else logits.gather(1, rival[i,None]).squeeze(1) - _others(logits, problem.y[i]).amax(1)
-            return (problem.gap(logits, i, kappa) - shift).to(x.dtype)
-        logits, g = problem.gradient(lead, problem.x, i)
-        to_close = lead(logits, i)
-        step, length = _flat_step(problem, to_close, g.flatten(1))
-        nearer = length < distance
-        x[nearer] = problem.clip(problem.x+step)[nearer]
-        distance, gap = torch.where(nearer, length, distance), torch.where(nearer, to_close, gap)
-    return x, *linear_scale(problem, distance, gap, .5, c, lr)
+    logits, ahead, w = problem.differences(problem.x, problem.all, problem.seen, most=9)
+    gaps = (kappa + 2*resolution(logits)[:,None] - ahead).to(w.dtype)
+    steps, lengths = map(torch.stack, zip(*map(partial(_flat_step, problem), gaps.unbind(1), w.flatten(2).unbind(1))))
+    distance, nearest = lengths.min(0)
+    gap = gaps[problem.all,nearest]
+    return problem.clip(problem.x+steps[nearest,problem.all]), *linear_scale(problem, distance, gap, .5, c, lr)
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-021
 @delegates(run, but=['minimum_norm','look'])
@@ -148,4 +138,4 @@ def carlini_wagner(
             logits, g = problem.gradient(f, x[i], i)
             return logits, g.flatten(1), (i,)
         return minimise(problem, gradient, problem.logits, _start(problem, kappa, c, lr), kappa=kappa, binary_search_steps=binary_search_steps, steps=steps)
-    return run(solve, model, x, y, settings=dict(attack='carlini_wagner', steps=steps, **search), **kwargs)
+    return run(solve, model, x, y, settings=dict(attack='carlini_wagner', steps=steps, **search), look=with_jacobian, **kwargs)
