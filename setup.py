@@ -15,5 +15,5 @@ setup(
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'bench')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research']
-                + [f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 14)],
+                + [f'Programming Language :: Python :: 3.{minor}' for minor in range(10, 15)],
 )

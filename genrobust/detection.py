@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .attacks.core import AttackResult, check_counts, require
 from .data import Images, Splits
-from .models import LOG_NORMALISER, NoDensityError, digest, load_tensors, predict, save_tensors
+from .models import LOG_NORMALISER, NoDensityError, digest, load_tensors, predict, save_tensors, seeded
 
 # %% ../nbs/08_detection.ipynb #08-008
 REJECTED = -1  # The label of an image that is turned away
@@ -327,8 +327,7 @@ def detect(
     "Put every detector that a model can have before clean images and attacked ones, with fresh noise for each."
     check_counts(n_train=n_train, n_valid=n_valid, n_clean=n_clean)
     train, valid, clean = (Images(*[v[:n] for v in part]) for part,n in zip(splits, (n_train, n_valid, n_clean)))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         found = fit_detectors(model, train, valid, fpr)
         frames = [score_images(found, *clean).assign(attack='clean', success=False, initially_wrong=False)]
         def number(r): return range(len(r.x)) if torch.equal(r.x.cpu(), splits.test.x[:len(r.x)].cpu()) else -1

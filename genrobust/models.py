@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['FACTORISATIONS', 'LOG_NORMALISER', 'Factorisation', 'Joined', 'Halve', 'Double', 'Grow', 'Trunk', 'Head', 'MLP',
-           'Painter', 'pick_device', 'NoDensityError', 'Classifier', 'CNN', 'BayesClassifier', 'OnNoise', 'Fresh',
-           'digest', 'write_whole', 'save_tensors', 'load_tensors', 'build', 'save_model', 'pretrained_names',
+           'Painter', 'pick_device', 'seeded', 'NoDensityError', 'Classifier', 'CNN', 'BayesClassifier', 'OnNoise',
+           'Fresh', 'digest', 'write_whole', 'save_tensors', 'load_tensors', 'build', 'save_model', 'pretrained_names',
            'load_pretrained', 'in_parts', 'predict', 'accuracy']
 
 # %% ../nbs/01_models.ipynb #01-005
 import hashlib, json, math, os
+from contextlib import contextmanager
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,6 +120,15 @@ def pick_device(
         return torch.device(device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device {str(device)!r} cannot be used here ({str(e).splitlines()[0]})") from e
 
+@contextmanager
+def seeded(
+    seed:int # Any
+):
+    "Torch's random numbers begin at `seed`, on all devices, and go on afterwards as if nothing had been."
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_available() else None):
+        torch.manual_seed(seed)
+        yield
+
 class NoDensityError(ValueError):
     "A density was asked of a model that has none"
 
@@ -129,9 +140,7 @@ class Classifier(nn.Module):
 
     def _initialise(self, build, seed):
         "Call `build()` with torch's random numbers seeded, and leave them as they were; channels last, as convolutions on a CPU like it best"
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            build()
+        with seeded(seed): build()
         self.to(memory_format=torch.channels_last)
 
     def loss(self,
@@ -335,6 +344,7 @@ class OnNoise(nn.Module):
         super().__init__()
         if n_samples<1 or draws<1: raise ValueError(f"expected at least one sample and one draw, found {n_samples} and {draws}")
         self.clf, self.draws, self.n_classes, self.training = clf, draws, clf.n_classes, clf.training
+        self.noise_settings = dict(seed=int(seed), n_samples=n_samples//draws, draws=draws)
         rng = torch.Generator().manual_seed(int(seed))
         noise = torch.stack([torch.randn(clf.n_classes, clf.latent, generator=rng) for _ in range(n_samples)], 1)
         self.register_buffer('noise', noise.to(clf.labels), persistent=False)
@@ -351,7 +361,7 @@ class Fresh(nn.Module):
     "A classifier that answers with logits and nothing else"
     def __init__(self, clf:Classifier):
         super().__init__()
-        self.clf, self.training = clf, clf.training
+        self.clf, self.training, self.noise_settings = clf, clf.training, 'fresh'
     def forward(self, x:Tensor) -> Tensor: return self.clf(x)
     @property
     def images_at_once(self): return getattr(self.clf, 'images_at_once', None)
@@ -486,7 +496,7 @@ def predict(
     batch_size:int=100 # Images at a time
 ) -> Tensor: # Logits `[N,C]`, on the device of `x`
     "Logits of many images, in batches."
-    device = next(model.parameters()).device
+    device = next(chain(model.parameters(), model.buffers(), [x])).device
     return torch.cat([model(part.to(device)).to(x.device) for part in in_parts(model, x, batch_size)])
 
 def accuracy(

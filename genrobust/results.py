@@ -27,7 +27,7 @@ from torch import nn
 from .attacks import AttackResult, apgd, carlini_wagner, deepfool, fgsm, pgd, random_noise, rescore, truncated_deepfool, zoo
 from .data import Images, Splits, class_names, digits, load, load_or_synthetic, show_images
 from .detection import detected, detectors_from_logits, scores_from_logits
-from .models import build, digest, load_pretrained, load_tensors, pick_device, predict, save_tensors, write_whole
+from .models import build, digest, load_pretrained, load_tensors, pick_device, predict, save_tensors, seeded, write_whole
 from .training import fit, processes
 
 # %% ../nbs/10_results.ipynb #10-008
@@ -135,8 +135,7 @@ def measure(
         seconds = time.perf_counter()-start
         x, scored = result.x_adv, rescore(result, clf, draws, seed=stage.seed, progress=progress)
         found = {k: v for k,v in result._tensors().items() if k!='x'} | {k: getattr(scored, k) for k in ('share','majority','worst')}
-    with torch.random.fork_rng():
-        torch.manual_seed(zlib.crc32(f'{stage.what} {stage.first}'.encode()))
+    with seeded(zlib.crc32(f'{stage.what} {stage.first}'.encode())):
         return dict(found, logits=predict(clf, x)), seconds
 
 # %% ../nbs/10_results.ipynb #10-017

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from .data import Images, check_images
-from .models import Classifier, accuracy, load_tensors, pick_device, save_tensors
+from .models import Classifier, accuracy, load_tensors, pick_device, save_tensors, seeded
 
 # %% ../nbs/02_training.ipynb #02-009
 def _move(average, weights, n):
@@ -128,8 +128,7 @@ def fit(
     bar = master_bar(range(len(history), epochs), total=epochs) if progress else range(len(history), epochs)
     for epoch in bar:
         if patience and history and epoch-1-_best_epoch(history)>=patience: break
-        with torch.random.fork_rng():
-            torch.manual_seed(seed*100_000+epoch)
+        with seeded(seed*100_000+epoch):
             batches = torch.randperm(len(train.y)).to(device).split(batch_size)
             prices = [min(1., (epoch+n/len(batches))/warmup) if warmup else 1. for n in range(len(batches))]
             train_loss = _epoch(model, optimiser, average, train, progress_bar(batches, parent=bar) if progress else batches, adversary, amp, prices)

@@ -1,5 +1,5 @@
 "Run notebooks and save what they show, or print the index as README.md: `python tests/notebooks.py fast|slow [NAME...]`, or `readme`."
-import os, re, sys
+import os, re, shutil, sys
 from pathlib import Path
 
 import nbformat
@@ -45,6 +45,7 @@ def readme():
 def write_readme():
     text, figures = readme()
     (ROOT/'README.md').write_text(text, encoding='utf-8')
+    shutil.rmtree(ROOT/'results/readme', ignore_errors=True)
     for name, content in figures.items():
         (ROOT/name).parent.mkdir(parents=True, exist_ok=True)
         (ROOT/name).write_bytes(content)

@@ -9,6 +9,7 @@ from torch import nn
 from genrobust import attacks
 from genrobust.attacks import (AttackResult, apgd, carlini_wagner, deepfool, fgsm, hop_skip_jump, jacobian, margin, mim, one_vs_all, pgd,
                                random_noise, rescore, spsa, square, truncated_deepfool, zoo)
+from genrobust.attacks.core import norm
 from genrobust.models import CNN, BayesClassifier, load_pretrained
 
 JACOBIANS = [deepfool, truncated_deepfool]
@@ -384,3 +385,75 @@ def test_zoo_asks_again_and_wants_a_margin_where_answers_are_noisy():
         return result.summary()['success_rate'], (model(result.x_adv).argmax(1)!=y)[result.success].double().mean()
     rate, real = across(repeats=10, kappa=.1)
     assert rate>=.7 and real>=.95 and across()[1]<.9
+
+@pytest.mark.parametrize('attack, own', [(pgd, dict(random_start=False, step_size=.03, steps=20)), (mim, dict(steps=20))], ids=['pgd', 'mim'])
+def test_a_point_of_infinite_logits_hides_no_success(attack, own):
+    "Far beyond the boundary log(sigmoid) is -inf; what was fooled on the way there stays fooled"
+    class Underflowing(nn.Module):
+        def forward(self, x):
+            u = 600*(x.mean(1)-.5)
+            return torch.stack([torch.sigmoid(u).log(), torch.sigmoid(-u).log()], 1)
+    assert attack(Underflowing().eval(), torch.full((2, 4), .45), eps=.5, **own).success.all()
+
+@pytest.mark.parametrize('p', [12, 20, 50])
+def test_norms_with_high_powers(p):
+    "784 numbers of a thousandth, to the power p, are 0 in float32"
+    torch.manual_seed(0)
+    model, x = nn.Linear(784, 5).eval(), torch.rand(8, 784)*.2+.4
+    assert torch.allclose(one_vs_all(deepfool, model, x, p=p).linf, deepfool(model, x, p=p).linf, rtol=.01)
+    assert (truncated_deepfool(model, x, p=p).forwards>=10).all()
+    assert torch.allclose(norm(x/1e3, p).double(), (x/1e3).double().norm(p, dim=1), rtol=1e-5)
+
+@pytest.mark.parametrize('loss', ['ce', 'joint'])
+def test_a_step_is_no_longer_than_eps_where_gradients_are_tiny(loss):
+    torch.manual_seed(0)
+    linear = nn.Linear(20, 3, bias=False)
+    class Probabilities(nn.Module):
+        def forward(self, x): return linear(160*x).softmax(1)
+    result = fgsm(Probabilities().eval(), torch.rand(200, 20), eps=.1, p=2, loss=loss)
+    assert result.l2.max()<=.1*(1+1e-5)
+
+def test_rescoring_refuses_what_is_not_a_number():
+    model, x = elsewhere()
+    class Failing(nn.Module):
+        calls = 0
+        def forward(self, x):
+            self.calls += 1
+            return model(x)*(1 if self.calls<3 else math.nan)
+    with pytest.raises(ValueError, match='NaN'): rescore(random_noise(model, x, eps=.01, bounds=(-1, 1)), Failing().eval(), draws=5)
+
+def test_a_black_image_leaves_the_mean_rho_alone():
+    torch.manual_seed(0)
+    result = deepfool(nn.Linear(784, 5).eval(), torch.stack([torch.zeros(784), torch.full((784,), .5)]))
+    assert result.success.all() and result.rho.isnan().tolist()==[True, False] and result.summary()['rho']==result.rho[1]
+
+def test_too_little_memory_is_called_so():
+    "Who catches it, to try again with fewer images, should"
+    class Large(nn.Module):
+        def forward(self, x): raise torch.cuda.OutOfMemoryError('out of memory')
+    with pytest.raises(torch.cuda.OutOfMemoryError): pgd(Large().eval(), torch.rand(4, 30))
+
+def test_a_function_may_be_random_too():
+    linear = nn.Linear(20, 3).eval()
+    class Function:
+        def __call__(self, x): return linear(x)
+        def fixed(self, seed): return self
+    assert deepfool(Function(), torch.rand(4, 20)).success.all()
+
+def test_convolutions_are_not_rounded_to_tf32_under_attack():
+    model, x = elsewhere()
+    cudnn, seen = torch.backends.cudnn, []
+    def rounded(): return cudnn.conv.fp32_precision=='tf32' if hasattr(cudnn, 'conv') else cudnn.allow_tf32
+    class Watching(nn.Module):
+        def forward(self, x):
+            seen.append(rounded())
+            return model(x)
+    assert rounded()  # PyTorch's default
+    rescore(fgsm(Watching().eval(), x, bounds=(-1, 1)), Watching().eval(), draws=1)
+    with pytest.raises(ValueError): fgsm(Watching().eval(), x[:,:1], bounds=(-1, 1))
+    assert len(seen)==4 and not any(seen) and rounded()
+
+def test_results_say_what_noise_they_ran_on():
+    clf, x = BayesClassifier('DBX', hidden=8, latent=2, n_samples=2).eval(), torch.rand(2, 1, 28, 28)
+    noise = [random_noise(model, x, seed=4).settings.get('noise') for model in (clf, clf.fixed(3, 5), clf.averaged(5, 1), clf.fresh(), CNN().eval())]
+    assert noise==[dict(seed=4, n_samples=2, draws=1), dict(seed=3, n_samples=5, draws=1), dict(seed=1, n_samples=2, draws=5), 'fresh', None]

@@ -13,7 +13,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, check_counts, check_positive, check_range, require, resolution, run, with_jacobian
+from .core import AttackResult, check_counts, check_positive, check_range, norm, require, resolution, run, with_jacobian
 
 # %% ../../nbs/05_deepfool.ipynb #05-008
 def linear_step(
@@ -34,12 +34,10 @@ def linear_step(
     return (length[:,None]*u.abs().pow(q-1)*u.sign()).view_as(w[:,0])
 
 # %% ../../nbs/05_deepfool.ipynb #05-012
-def _norm(x, p): return x.flatten(1).norm(p, dim=1)
-
 def _step(problem, x, walked, gap, w, p, share):
     "A `share` of `linear_step`; or, in the last stretch, a whole one without the pixels that the box stops, as also where it would stop most of it"
     estimate, (low, high) = linear_step(gap, w, p), problem.bounds
-    last = _norm(estimate, p) <= walked/10
+    last = norm(estimate, p) <= walked/10
     stopped = ((w*(problem.clip(x+estimate)-x)[:,None]).flatten(2).sum(2)/gap).amax(1) < 1/4
     n = (last | stopped).nonzero().squeeze(1)
     at, wish = x[n,None], w[n]
@@ -57,7 +55,7 @@ def _deepfool(problem, p, steps, overshoot, step):
         if not len(i): break
         gap = (ahead.abs()+2*resolution(logits)[:,None])[going]
         way = total[i]
-        way += _step(problem, x[i], _norm(way, p), gap, w[going], p, step)
+        way += _step(problem, x[i], norm(way, p), gap, w[going], p, step)
         x[i], total[i] = problem.clip(problem.x[i] + (1+overshoot)*way), way.clamp(low[i], high[i])
     return x
 

@@ -13,7 +13,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, Best, check_counts, check_positive, check_range, differentiating, log_odds, margin, require, run
+from .core import AttackResult, Best, check_counts, check_positive, check_range, differentiating, log_odds, margin, norm, require, run
 
 # %% ../../nbs/04_fgsm.ipynb #04-008
 def _logit(logits, y): return logits.gather(1, y[:,None]).squeeze(1)
@@ -39,14 +39,12 @@ def _flat(x, values): return values.view(-1, *[1]*(x.ndim-1))
 def _unit(g, p):
     "The direction of steepest ascent of norm 1: the sign for p = inf, the normalised gradient for p = 2; 0 where the gradient is"
     if p==torch.inf: return g.sign()
-    norm = g.flatten(1).norm(dim=1)
-    return g/_flat(g, norm.clamp_min(torch.finfo(g.dtype).tiny))
+    return g/_flat(g, norm(g).clamp_min(torch.finfo(g.dtype).tiny))
 
 def _project(delta, eps, p):
     "Into the ball of radius `eps`"
     if p==torch.inf: return delta.clamp(-eps, eps)
-    norm = delta.flatten(1).norm(dim=1)
-    return delta*_flat(delta, (eps/norm.clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1))
+    return delta*_flat(delta, (eps/norm(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1))
 
 # %% ../../nbs/04_fgsm.ipynb #04-016
 @delegates(run, but=['minimum_norm','look'])
@@ -128,6 +126,7 @@ def pgd(
     _check_loss(loss)
     step_size = _step_size(step_size, eps, steps, 2.5)
     check_counts(restarts=restarts)
+    require(random_start or restarts==1, f"restarts without random_start all start at the image: expected one, found {restarts}")
     def solve(problem):
         def start(i): return _ball_start(problem, i, eps, p) if random_start else problem.x[i]
         return _restart(problem, restarts, start, partial(_ascend, problem, objective=_objective(problem, loss), eps=eps, p=p, step_size=step_size, steps=steps, early_stop=early_stop))
