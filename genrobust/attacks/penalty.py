@@ -8,7 +8,6 @@ __all__ = ['Adam', 'minimise', 'check_penalty', 'linear_scale', 'carlini_wagner'
 # %% ../../nbs/06_carlini_wagner.ipynb #06-005
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from fastcore.meta import delegates
@@ -109,11 +108,11 @@ def _flat_step(problem, gap, w):
 def _start(problem, kappa, c, lr):
     "On the nearest boundary to one of the nine strongest rivals, or to the target, were boundaries flat"
     logits, ahead, w = problem.differences(problem.x, problem.all, problem.seen, most=9)
-    gaps = (kappa + 2*resolution(logits)[:,None] - ahead).to(w.dtype)
-    steps, lengths = map(torch.stack, zip(*map(partial(_flat_step, problem), gaps.unbind(1), w.flatten(2).unbind(1))))
-    distance, nearest = lengths.min(0)
+    gaps, w = (kappa + 2*resolution(logits)[:,None] - ahead).to(w.dtype), w.flatten(2)
+    distance, nearest = torch.stack([_flat_step(problem, *rival)[1] for rival in zip(gaps.unbind(1), w.unbind(1))]).min(0)
     gap = gaps[problem.all,nearest]
-    return problem.clip(problem.x+steps[nearest,problem.all]), *linear_scale(problem, distance, gap, .5, c, lr)
+    step, _ = _flat_step(problem, gap, w[problem.all,nearest])
+    return problem.clip(problem.x+step), *linear_scale(problem, distance, gap, .5, c, lr)
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-021
 @delegates(run, but=['minimum_norm','look'])
