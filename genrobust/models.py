@@ -122,7 +122,7 @@ def pick_device(
 
 @contextmanager
 def seeded(
-    seed:int # Any
+    seed:int # Of all of them
 ):
     "Torch's random numbers begin at `seed`, on all devices, and go on afterwards as if nothing had been."
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_available() else None):

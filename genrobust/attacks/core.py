@@ -122,7 +122,7 @@ class AttackResult:
     forwards: Tensor # Forward passes spent on each image `[N]`
     backwards: Tensor # Backward passes
     target: Tensor|None = None # Classes aimed at `[N]`
-    settings: dict = field(default_factory=dict) # The attack, its parameters, and the seed of the noise it ran on
+    settings: dict = field(default_factory=dict) # The attack, its parameters, and the noise it ran on: `noise_seed` where that is the attacker's own, `noise` as the model describes it
 
     @property
     def attacked(self) -> Tensor:

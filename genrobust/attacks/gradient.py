@@ -117,7 +117,7 @@ def pgd(
     steps:int=40, # Steps of each restart, 1 or more
     restarts:int=1, # Random points to start from, 1 or more; only images not yet fooled go on
     loss:str='ce', # 'ce', 'joint' or 'dlr', as for `fgsm`
-    random_start:bool=True, # Whether to start at a random point of the ball, not at the image
+    random_start:bool=True, # Whether to start at a random point of the ball, not at the image, from which there is but one restart
     early_stop:bool=False, # Whether an image leaves as soon as it is fooled: the same success for less, but a margin just below zero
     **kwargs
 ) -> AttackResult: # `x_adv` is the point of lowest margin seen

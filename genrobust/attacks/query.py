@@ -14,7 +14,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import AttackResult, Best, Nearest, _check_within, check_counts, check_positive, check_range, require, run
+from .core import AttackResult, Best, Nearest, _check_within, check_counts, check_positive, check_range, norm, require, run
 from .gradient import _check_ball, _confine, _flat, _unit
 from .penalty import Adam, check_penalty, linear_scale, minimise
 
@@ -262,7 +262,7 @@ class _Labels(Nearest):
 def _shorten(problem, x, i, share, p):
     "`x` with its change reduced to a share of its norm: by scaling, or for p = inf by clipping"
     change = x-problem.x[i]
-    most = _flat(x, share*change.flatten(1).norm(p, dim=1))
+    most = _flat(x, share*norm(change, p))
     return problem.clip(problem.x[i] + (change.clamp(-most, most) if p==torch.inf else _flat(x, share)*change))
 
 def _to_boundary(labels, x, i, tolerance):
@@ -354,8 +354,8 @@ def hop_skip_jump(
             going = labels.left(i) > n
             i, x = i[going], x[going]
             if not len(i): return _clear(labels, found, overshoot)
-            norm = (x-problem.x[i]).flatten(1).norm(p, dim=1)
-            direction = _unit(_normal(labels, x, i, n, min(gamma/size, .1)*norm), p)
-            x = _to_boundary(labels, _jump(labels, x, i, direction, norm/t**.5), i, tolerance)
+            far = norm(x-problem.x[i], p)
+            direction = _unit(_normal(labels, x, i, n, min(gamma/size, .1)*far), p)
+            x = _to_boundary(labels, _jump(labels, x, i, direction, far/t**.5), i, tolerance)
     settings = dict(attack='hop_skip_jump', p=p, max_queries=max_queries, init_queries=init_queries, samples=samples, gamma=gamma, overshoot=overshoot, start=start is not None)
     return run(solve, model, x, y, settings=settings, **kwargs)
