@@ -200,6 +200,7 @@ class Contest(NamedTuple):
     norm: str # That is compared, 'l2' or 'linf'
     ours: Callable # `(model, x, y) -> AttackResult`
     others: dict # Module or label: `(model, x, y)` to images, or images and whom they fool
+    rounds: int = 3 # Turns of every library: more where one is a matter of milliseconds
 
 def _full_batches(model, x, y):
     "No attack: the rate at which a model answers batches of 1,024 images"
@@ -232,8 +233,8 @@ CONTESTS = {
         art=_art('ZooAttack', max_iter=20, nb_parallel=128, use_resize=False, use_importance=False, variable_h=.01), full_batches=_full_batches)),
     'fgsm-cnn': Contest('cnn', 256, 'linf', partial(fgsm, eps=.1), dict(
         foolbox=_foolbox('LinfFastGradientAttack', eps=.1), art=_art('FastGradientMethod', eps=.1, batch_size=256),
-        torchattacks=_torchattacks('FGSM', eps=.1))),
-    'pgd-cnn': Contest('cnn', 256, 'linf', _pgd, dict(to_the_end=_to_the_end(_pgd),
+        torchattacks=_torchattacks('FGSM', eps=.1)), rounds=30),
+    'pgd-cnn': Contest('cnn', 256, 'linf', partial(_pgd, restarts=3), dict(to_the_end=_to_the_end(_pgd),
         foolbox=_foolbox('LinfPGD', eps=.05, steps=40, abs_stepsize=.005), art=_art('ProjectedGradientDescentPyTorch', eps=.05, max_iter=40, eps_step=.005, num_random_init=1, batch_size=256),
         torchattacks=_torchattacks('PGD', eps=.05, steps=40, alpha=.005), adv_lib=_adv_lib('pgd_linf', .05, steps=40, absolute_step_size=.005))),
     'apgd-cnn': Contest('cnn', 256, 'linf', _apgd, dict(to_the_end=_to_the_end(_apgd),
@@ -270,7 +271,7 @@ def _enter_ours(attack, model, x, y, norm):
 def compete(
     name:str, # A key of `CONTESTS`
     images:Images, # To take the first that the model gets right from
-    rounds:int=3, # Turns of every library
+    rounds:int|None=None, # Turns of every library; default: as many as the contest has
     n:int|None=None, # Images, if not as many as the contest has
     device=None # Default: `pick_device()`
 ) -> pd.DataFrame: # A row for each turn: `seconds`, `success`, `norm`, passes an image; `error` where a library failed
@@ -281,7 +282,7 @@ def compete(
     device = next(model.parameters()).device
     x, y = (v.to(device) for v in _correct(model, images, n or contest.images))
     entries = {'genrobust': partial(_enter_ours, contest.ours), **{label: partial(_enter, attack) for label, attack in contest.others.items() if versions[label]}}
-    for round in range(rounds):
+    for round in range(rounds or contest.rounds):
         for label, enter in entries.items():
             torch.manual_seed(round)
             try: row = enter(model, x, y, contest.norm)
@@ -298,7 +299,7 @@ def machine(device=None) -> dict:
 def bench(
     contests:str='all', # Names, with commas between, or 'all'
     out:str='results/bench', # Folder to write to
-    rounds:int=3, # Turns of every library, 1 or more
+    rounds:int|None=None, # Turns of every library, 1 or more; default: as many as a contest has
     images:int|None=None, # Images in every contest, if not as many as it has
     root:str|None=None, # Folder that holds data sets
     device:str|None=None, # Default: `pick_device()`
@@ -307,7 +308,7 @@ def bench(
     "Run contests against other libraries on validation images; one CSV file for each, written whole or not at all."
     names = list(CONTESTS) if contests=='all' else contests.split(',')
     for name in names: require(name in CONTESTS, f"no contest {name!r}; there are {', '.join(CONTESTS)}")
-    require(rounds>=1 and (images is None or images>=1), f"expected at least one round and one image, found {rounds} and {images}")
+    require(all(n is None or n>=1 for n in (rounds, images)), f"expected at least one round and one image, found {rounds} and {images}")
     folder, (data, splits) = writable(out), load_or_synthetic(root, say)
     for module, found in installed().items():
         if found is None: say(f"{module} is left out: it is not installed (pip install {LIBRARIES[module]})")

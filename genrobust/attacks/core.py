@@ -12,6 +12,7 @@ import hashlib, json, math, os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
@@ -72,10 +73,13 @@ def _in_parts(model, x, most=None):
     "Images in parts that the model takes at once: its `images_at_once`, where it has one"
     return x.split(min(getattr(model, 'images_at_once', None) or len(x), most or len(x)) or 1)
 
+def _cat(parts):
+    "One tensor from several, without a copy if there is but one"
+    return torch.cat(parts) if len(parts)>1 else parts[0]
+
 def _answer(model, x, most=None):
     "Logits, asked for in parts that the model takes at once"
-    parts = _in_parts(model, x, most)
-    return model(x) if len(parts)==1 else torch.cat([model(part) for part in parts])
+    return _cat([model(part) for part in _in_parts(model, x, most)])
 
 def jacobian(
     model:nn.Module, # Images to logits, image by image
@@ -84,7 +88,7 @@ def jacobian(
 ) -> tuple[Tensor, Tensor]: # Logits `[B,C]`, and their gradients `[B,C,...]`
     "All logits and all their gradients: one backward pass where the model offers `per_class_logits`, else one for each class."
     with torch.inference_mode(False), torch.enable_grad():
-        return tuple(map(torch.cat, zip(*[_jacobian(model, part.detach().clone(), n_classes) for part in _in_parts(model, x)])))
+        return tuple(map(_cat, zip(*[_jacobian(model, part.detach().clone(), n_classes) for part in _in_parts(model, x)])))
 
 def _jacobian(model, x, n_classes):
     if hasattr(model, 'per_class_logits'):
@@ -107,7 +111,7 @@ def gradient_of(
         x = x.detach().requires_grad_()
         logits = _differentiable(model(x))
         return logits.detach(), torch.autograd.grad(objective(logits, i).sum(), x)[0]
-    return tuple(map(torch.cat, zip(*map(of, _in_parts(model, x), _in_parts(model, i)))))
+    return tuple(map(_cat, zip(*map(of, _in_parts(model, x), _in_parts(model, i)))))
 
 # %% ../../nbs/03_attacks.ipynb #03-017
 @dataclass(repr=False)
@@ -268,7 +272,7 @@ class Problem:
         "Logits `[b,C]`, those of the classes to reach (all, or the `most` strongest) less that of the class to leave `[b,n]`, and the gradients of these differences `[b,n,...]`; for nothing where the Jacobian was `seen`."
         def less(values, here, goals): return values[rows,goals]-values[rows,here]
         rows, quick = torch.arange(len(i), device=i.device)[:,None], hasattr(self.model, 'per_class_logits')
-        if not quick and len(parts := _in_parts(self.model, x))>1: return tuple(map(torch.cat, zip(*[self.differences(*part, most=most) for part in zip(parts, _in_parts(self.model, i))])))
+        if not quick and len(parts := _in_parts(self.model, x))>1: return tuple(map(_cat, zip(*[self.differences(*part, most=most) for part in zip(parts, _in_parts(self.model, i))])))
         x = x.detach().requires_grad_()
         logits, J = seen or (jacobian(self.model, x, self.n_classes) if quick else (_differentiable(self.model(x)), None))
         rivals = self._rivals(logits.detach(), i, most)
@@ -384,8 +388,7 @@ def _check_mode(model, allow_training):
     require(allow_training or not _in_training(model), "the model is in training mode, or a part of it is: call model.eval() first, or pass allow_training=True")
 
 def _device(model, x):
-    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    return tensors[0].device if tensors else x.device
+    return (next(chain(model.parameters(), model.buffers()), x) if isinstance(model, nn.Module) else x).device
 
 # %% ../../nbs/03_attacks.ipynb #03-029
 def just_look(model, x, labels):
@@ -419,7 +422,8 @@ def _attack_batch(solve, look, minimum_norm, model, x, y, target, bounds, seed, 
     x_adv, y_adv, success, forwards, backwards = x.clone(), before.clone(), before!=before, torch.ones_like(y), torch.full_like(y, seen is not None)
     i = (before==y).nonzero().squeeze(1)
     if len(i):
-        problem = Problem(model, logits[i], x[i], y[i], None if target is None else target[i], bounds, seed, positions[i.cpu()], None if seen is None else (logits[i], seen[i]))
+        mine = [v if v is None or len(i)==len(x) else v[i] for v in (logits, x, y, target, seen)]
+        problem = Problem(model, *mine[:4], bounds, seed, positions[i.cpu()], None if seen is None else (mine[0], mine[4]))
         found = solve(problem).detach().clone()
         broken = ~(found.flatten(1).amin(1).isfinite() & found.flatten(1).amax(1).isfinite())
         found[broken] = problem.x[broken]
@@ -461,7 +465,7 @@ def run(
     allow_training:bool=False # Attack a model that is in training mode
 ) -> AttackResult:
     "Run an attack on all images, in batches; `ValueError` for input that makes no sense."
-    require(callable(model), f"model must be a module or function from images to logits, found {model!r}")
+    if not callable(model): raise ValueError(f"model must be a module or function from images to logits, found {model!r}")
     bounds = _box(bounds)
     _check_input(x, bounds, batch_size)
     _check_mode(model, allow_training)
@@ -480,7 +484,7 @@ def run(
             args = [None if v is None else v[n[0]:n[-1]+1].detach().clone(memory_format=torch.contiguous_format).to(device) for v in (x, y, target)]
             part = _attack_batch(solve, look, minimum_norm, model, *args, bounds, seed, n)
             parts.append({k: v.to(x.device) for k,v in part.items()})
-    return AttackResult(**{k: torch.cat([part[k] for part in parts]) for k in parts[0]}, settings=settings)
+    return AttackResult(**{k: _cat([part[k] for part in parts]) for k in parts[0]}, settings=settings)
 
 # %% ../../nbs/03_attacks.ipynb #03-033
 class Rescored(NamedTuple):
