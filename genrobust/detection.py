@@ -49,7 +49,7 @@ def _check_fpr(fpr, n=math.inf):
 def _threshold(scores, fpr): return scores.topk(int(fpr*(len(scores)+1))).values[-1].item()
 
 class Detector:
-    "Stands in front of a model and turns away what is unusual; a subclass says in what `value` of the logits"
+    "Stands in front of a model and turns away what is unusual; a subclass says in what `value` of the logits and the label"
     name, sign, needs_density = None, -1, True  # The sign is that of a suspicious deviation
     def __init__(self,
         model:nn.Module # Images to logits; `clf` draws fresh noise at every call, `clf.fixed(seed)` has its own
@@ -57,7 +57,7 @@ class Detector:
         if self.needs_density: _need_density(model)
         self.model, self.statistics, self.threshold, self.fpr = model, None, None, None
 
-    def _group(self, logits): return logits.argmax(1)
+    def _group(self, label): return label
     def _reference(self, logits): return {}
 
     def _learn(self, logits, y):
@@ -67,7 +67,7 @@ class Detector:
         few = [c for c,n in enumerate(label[right].bincount(minlength=n_classes).tolist()) if n<2]
         require(not few, f"at least two training images of each class must be classified correctly; fewer are of the classes {few}")
         self.statistics, self.threshold, self.fpr = self._reference(logits[right]), None, None
-        value, group = self.value(logits[right]), self._group(logits[right])
+        value, group = self.value(logits[right], label[right]), self._group(label[right])
         mean, std = (torch.stack([of(value[group==c]) for c in group.unique()]) for of in (torch.mean, torch.std))
         if not (std>0).all(): self.statistics = None
         require(self.statistics is not None, "training images of a class must differ in what is measured")
@@ -95,12 +95,14 @@ class Detector:
         return self._choose(self.score(valid.x, batch_size), fpr)
 
     def judge(self,
-        logits:Tensor # `[B,C]`
+        logits:Tensor, # `[B,C]`
+        label:Tensor|None=None # Class that each image is taken for `[B]`; default: that of the largest logit
     ) -> Tensor: # `[B]`, in standard deviations; a higher score is more suspicious
         "Scores from logits; differentiable."
         require(self.statistics is not None, f"this {type(self).__name__} has learnt nothing yet: call fit first")
-        mean, std = (self.statistics[k].to(logits)[self._group(logits)] for k in ('mean','std'))
-        return self.sign*(self.value(logits)-mean)/std
+        if label is None: label = logits.argmax(1)
+        mean, std = (self.statistics[k].to(logits)[self._group(label)] for k in ('mean','std'))
+        return self.sign*(self.value(logits, label)-mean)/std
 
     def look(self,
         x:Tensor, # `[N,1,28,28]`
@@ -140,15 +142,15 @@ class Detector:
 class LogitDetector(Detector):
     "Rejects x if log p(x,F(x)) < mu_c + alpha*sigma_c, c = F(x) (Li, Bradshaw and Sharma, 2019)"
     name = 'logit'
-    def value(self, logits:Tensor) -> Tensor:
-        "log p(x,F(x)) up to a constant, `[B]` nats."
-        return logits.amax(1)
+    def value(self, logits:Tensor, label:Tensor) -> Tensor:
+        "log p(x,label) up to a constant, `[B]` nats."
+        return logits.gather(1, label[:,None]).squeeze(1)
 
 class MarginalDetector(Detector):
     "Rejects x if log p(x) < mu + alpha*sigma (Li, Bradshaw and Sharma, 2019)"
     name = 'marginal'
-    def _group(self, logits): return torch.zeros_like(logits[:,0], dtype=torch.long)
-    def value(self, logits:Tensor) -> Tensor:
+    def _group(self, label): return torch.zeros_like(label)
+    def value(self, logits:Tensor, label:Tensor) -> Tensor:
         "log p(x) up to a constant, `[B]` nats."
         return logits.logsumexp(1)
 
@@ -156,9 +158,9 @@ class KLDetector(Detector):
     "Rejects x if KL(pbar_c || p(.|x)) > mu_c + alpha*sigma_c, c = F(x) (Li, Bradshaw and Sharma, 2019)"
     name, sign, needs_density = 'kl', 1, False
     def _reference(self, logits): return dict(usual=torch.stack([logits[logits.argmax(1)==c].softmax(1).mean(0) for c in range(logits.shape[1])]))
-    def value(self, logits:Tensor) -> Tensor:
-        "KL(pbar_c || p(.|x)), `[B]` nats."
-        return F.kl_div(logits.log_softmax(1), self.statistics['usual'].to(logits)[logits.argmax(1)], reduction='none').sum(1)
+    def value(self, logits:Tensor, label:Tensor) -> Tensor:
+        "KL(pbar_c || p(.|x)) with c the label, `[B]` nats."
+        return F.kl_div(logits.log_softmax(1), self.statistics['usual'].to(logits)[label], reduction='none').sum(1)
 
 DETECTORS = {kind.name: kind for kind in (LogitDetector, MarginalDetector, KLDetector)}
 
