@@ -94,6 +94,12 @@ class Detector:
         _check_fpr(fpr, len(valid.x))
         return self._choose(self.score(valid.x, batch_size), fpr)
 
+    def spread(self,
+        label:Tensor # Classes, of any shape
+    ) -> Tensor: # Nats
+        "Standard deviation of what is usual for each class: the unit of scores."
+        return self.statistics['std'].to(label.device)[self._group(label)]
+
     def judge(self,
         logits:Tensor, # `[B,C]`
         label:Tensor|None=None # Class that each image is taken for `[B]`; default: that of the largest logit
@@ -101,8 +107,8 @@ class Detector:
         "Scores from logits; differentiable."
         require(self.statistics is not None, f"this {type(self).__name__} has learnt nothing yet: call fit first")
         if label is None: label = logits.argmax(1)
-        mean, std = (self.statistics[k].to(logits)[self._group(label)] for k in ('mean','std'))
-        return self.sign*(self.value(logits, label)-mean)/std
+        mean = self.statistics['mean'].to(logits)[self._group(label)]
+        return self.sign*(self.value(logits, label)-mean)/self.spread(label)
 
     def look(self,
         x:Tensor, # `[N,1,28,28]`

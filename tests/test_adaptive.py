@@ -1,0 +1,134 @@
+"Attacks made for Bayes classifiers and for detectors: what each view promises, on small models."
+import json, math
+
+import pytest
+import torch
+from torch import nn
+
+from genrobust.adaptive import AVERAGES, Averaged, Guarded, Through, evade, slipped
+from genrobust.attacks import AttackResult, apgd, carlini_wagner, deepfool, fgsm, random_noise, rescore, zoo
+from genrobust.data import Splits
+from genrobust.detection import DETECTORS, REJECTED, KLDetector, LogitDetector, fit_detectors
+from genrobust.models import CNN, FACTORISATIONS, BayesClassifier
+from test_detection import Prototypes, first
+
+def small(name='GFZ', **kw): return BayesClassifier(name, latent=4, hidden=16, n_samples=2, **kw).eval().requires_grad_(False)
+
+@pytest.fixture(scope='module')
+def splits(drawn): return Splits(*[first(part, n) for part,n in zip(drawn, (600, 500, 500))])
+@pytest.fixture(scope='module')
+def x(splits): return splits.test.x[:6]
+@pytest.fixture(scope='module')
+def model(splits): return Prototypes(splits.train).eval().requires_grad_(False)
+@pytest.fixture(scope='module')
+def guards(model, splits): return fit_detectors(model, splits.train, splits.valid)
+
+def gradient(model, x, c=0):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(model(x)[:,c].sum(), x)[0]
+
+@pytest.mark.parametrize('of', AVERAGES)
+def test_averages_are_those_of_their_definitions(of, x):
+    "In float64, from the logits of each draw by itself"
+    clf, draws = small().double(), 3
+    noise = clf.averaged(draws, 5).noise.split(clf.n_samples, 1)
+    logits = torch.stack([clf(x.double(), n) for n in noise], -1)
+    p = logits.softmax(1)
+    expected = dict(losses=(p.log()-(1-p).log()).mean(-1), probabilities=p.mean(-1).log(), logits=logits.mean(-1), samples=(logits-logits.amax()).exp().mean(-1).log()+logits.amax())
+    assert torch.allclose(Averaged(clf, draws, of, 5)(x.double()), expected[of], rtol=1e-6, atol=1e-6)
+
+def test_averages_stay_finite_where_probabilities_are_0_and_1():
+    logits = torch.tensor([[0., -900.], [-900., 0.], [-400., -450.]])[None].requires_grad_()
+    for of, average in AVERAGES.items():
+        value = average(logits)
+        g, = torch.autograd.grad(value[0,0], logits)
+        assert value.isfinite().all() and g.isfinite().all() and (of=='probabilities' or g.abs().sum()>0), of
+
+@pytest.mark.parametrize('make', [lambda clf: Averaged(clf, 3), lambda clf: Averaged(clf, 2, 'probabilities', 4), lambda clf: Through(clf.fixed(1), 'xq')], ids=['losses', 'probabilities', 'through'])
+def test_a_view_is_attacked_like_any_model(make, x, tmp_path):
+    "The same alone as in a batch, one gradient a step, and the record says what was attacked"
+    view = make(small())
+    result = apgd(view, x, eps=.2, steps=4)
+    assert torch.allclose(result.x_adv[:2], apgd(view, x[:2], eps=.2, steps=4).x_adv, atol=1e-5)
+    assert (result.backwards==4).all()
+    noise = result.settings['noise']
+    assert noise['n_samples']==2 and (noise.get('average') in AVERAGES or noise['through']=='xq')
+    result.save(tmp_path/'r')
+    assert AttackResult.load(tmp_path/'r').settings==json.loads(json.dumps(result.settings))
+
+@pytest.mark.parametrize('name', FACTORISATIONS)
+def test_gradients_through_the_factors_add_up(name, x):
+    still, f = small(name).averaged(2, 3), FACTORISATIONS[name]
+    factors = [k for k in 'xyzq' if not (k=='x' and f.x is None or k=='y' and f.y is None)]
+    whole = gradient(still, x)
+    assert torch.equal(Through(still, 'z')(x), still(x))
+    assert (sum(gradient(Through(still, k), x) for k in factors)-whole).norm() <= 1e-4*whole.norm()
+    assert torch.allclose(gradient(Through(still, 'zq'), x), gradient(Through(still, 'z'), x)+gradient(Through(still, 'q'), x), atol=1e-4*whole.abs().max().item())
+
+def test_a_factor_that_is_not_there_has_no_gradient(x):
+    with pytest.raises(ValueError, match='no gradient'): apgd(Through(small('DFX').fixed(0), 'x'), x, eps=.1, steps=2)
+
+@pytest.mark.parametrize('kind', DETECTORS)
+def test_a_guarded_model_answers_what_its_detector_does(kind, model, guards, splits):
+    "On clean images, noisy ones and noise alone"
+    images = torch.cat([splits.test.x, random_noise(model, splits.test.x[:100], eps=.5).x_adv, torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0))])
+    answer = Guarded(model, guards[kind])(images).argmax(1)
+    assert torch.equal(answer.where(answer<10, REJECTED), guards[kind](images))
+    assert {REJECTED} < set(guards[kind](images).tolist())
+
+def test_the_gradient_leads_back_to_what_is_violated_alone(model, guards, splits):
+    detector, x = guards['logit'], splits.test.x[:200]
+    logits = model(x)
+    guard, label, turned_away = Guarded(model, detector), logits.argmax(1), guards['logit'](x)==REJECTED
+    assert turned_away.any()
+    for n in turned_away.nonzero().flatten()[:3]:  # its class leads, so the score alone is in the way
+        c = label[n].item()
+        assert torch.allclose(gradient(guard, x[n:n+1], c), gradient(model, x[n:n+1], c), atol=1e-5)
+    accepted = (~turned_away).nonzero().flatten()[:3]
+    for n in accepted:  # another class within its usual likelihood lacks the lead alone
+        slack = guard._slack(logits[n:n+1])[0].masked_fill(torch.arange(10)==label[n], -math.inf)
+        c = slack.argmax().item()
+        if slack[c]>0:
+            lead = gradient(model, x[n:n+1], c)-gradient(model, x[n:n+1], label[n].item())
+            assert torch.allclose(gradient(guard, x[n:n+1], c), lead, atol=1e-5)
+
+@pytest.mark.parametrize('attack', [lambda *a, **k: apgd(*a, eps=.5, steps=20, **k), deepfool, lambda *a, **k: carlini_wagner(*a, binary_search_steps=3, steps=60, **k)], ids=['apgd', 'deepfool', 'carlini_wagner'])
+@pytest.mark.parametrize('kind', DETECTORS)
+def test_successes_are_let_through_as_their_target(kind, attack, model, guards, splits):
+    x, y = splits.test.x[:10], model(splits.test.x[:10]).argmax(1)
+    result = evade(attack, model, guards[kind], x, y)
+    assert result.success.sum() >= 3
+    assert torch.equal(guards[kind](result.x_adv[result.success]), result.target[result.success])
+    assert torch.equal(result.initially_wrong, guards[kind](x)!=y)
+    assert torch.equal(result.target, model(x).scatter(1, y[:,None], -torch.inf).argmax(1))
+    share = slipped(result, guards[kind], draws=2)
+    assert (share[result.success]==1).all() and share[result.initially_wrong].isnan().all()
+
+def test_who_knows_the_detector_slips_past_it_more_often(model, guards, splits):
+    x, y = splits.test.x[:40], splits.test.y[:40]
+    unaware, aware = apgd(model, x, y, eps=.5, steps=20), evade(apgd, model, guards['logit'], x, y, eps=.5, steps=20)
+    assert slipped(aware, guards['logit'], draws=1).nanmean() > slipped(unaware, guards['logit'], draws=1).nanmean()+.2
+
+def test_a_model_that_draws_noise_is_attacked_on_noise_of_its_own_seed(x):
+    clf = small()
+    detector = KLDetector(clf)
+    detector.statistics, detector.threshold, detector.fpr = dict(usual=torch.full((10,10), .1), mean=torch.zeros(10), std=torch.ones(10)), 1e6, .05
+    y = clf.fixed(3)(x).argmax(1)
+    result = evade(fgsm, clf, detector, x, y, seed=3, target=(y+1)%10)
+    assert result.settings['noise']['seed']==3 and result.settings['noise']['detector']=='kl'
+    assert torch.equal(result.x_adv, evade(fgsm, clf.fixed(3), detector, x, y, seed=3, target=(y+1)%10).x_adv)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    first, second = slipped(result, detector, 5, seed=1), slipped(result, detector, 5, seed=1)
+    assert torch.equal(first, second) and torch.equal(torch.rand(3), expected)
+
+def test_bad_input_is_one_clear_error(model, guards, splits, x):
+    clf, y = small(), splits.test.y[:6]
+    for act, message in [(lambda: Averaged(clf, 3, 'means'), 'of must be one of losses, probabilities, samples, logits'), (lambda: Averaged(CNN().eval(), 3), 'expected a BayesClassifier'), (lambda: Averaged(clf.fixed(0), 3), 'expected a BayesClassifier'),
+                         (lambda: Averaged(clf, 0), 'draws'), (lambda: Through(clf, 'x'), 'draws noise at every call'), (lambda: Through(model, 'x'), 'expected clf.fixed'), (lambda: Through(clf.fixed(0), ''), "factors must be some of"),
+                         (lambda: Through(clf.fixed(0), 'xw'), "found 'xw'"), (lambda: Through(clf.fixed(0), 3), 'factors must be'), (lambda: Guarded(clf, guards['logit']), 'draws noise at every call'),
+                         (lambda: Guarded(model, LogitDetector(model)), 'fitted and calibrated'), (lambda: Guarded(model, model), 'fitted and calibrated'), (lambda: evade(apgd, model, LogitDetector(model).fit(splits.train), x, y), 'fitted and calibrated'),
+                         (lambda: evade(apgd, model, guards['kl'], x, y, target=11), 'target must lie'), (lambda: evade(apgd, model, guards['kl'], x, y[:3]), 'y must be integers'), (lambda: evade(apgd, CNN(), guards['kl'], x, y), 'training mode'),
+                         (lambda: slipped(apgd(model, x, eps=.1, steps=1), guards['kl'], draws=0), 'draws'), (lambda: slipped(x, guards['kl']), 'expected an AttackResult')]:
+        with pytest.raises(ValueError, match=message): act()
