@@ -6,15 +6,14 @@
 __all__ = ['AVERAGES', 'View', 'Averaged', 'Through', 'Guarded', 'evade', 'slipped']
 
 # %% ../nbs/09_adaptive.ipynb #09-005
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .attacks.core import AttackResult, check_counts, require
+from .attacks.core import AttackResult, _check_labels, _exactly, _key, _labels, check_counts, require
 from .detection import REJECTED, Detector
-from .models import BayesClassifier, OnNoise, _estimate, _total, predict, seeded
+from .models import BayesClassifier, OnNoise, _by_draw, _estimate, _mean_exp, predict, seeded
 
 # %% ../nbs/09_adaptive.ipynb #09-007
 class View(nn.Module):
@@ -25,21 +24,23 @@ class View(nn.Module):
     ):
         super().__init__()
         require(isinstance(model, nn.Module), f"expected a model, found {type(model).__name__}")
-        require(not hasattr(model, 'fixed') or model.fixed() is model, f"{type(model).__name__} draws noise at every call: give its fixed(seed) or averaged(draws, seed)")
-        self.model, self.training, self.noise_settings = model, model.training, dict(getattr(model, 'noise_settings', {}), **settings)
+        noise = getattr(model, 'noise_settings', {})
+        require(noise!='fresh' and (not hasattr(model, 'fixed') or model.fixed(0) is model), f"{type(model).__name__} draws noise at every call: give its fixed(seed) or averaged(draws, seed)")
+        self.model, self.training, self.noise_settings = model, model.training, dict(noise, **settings)
     def fixed(self, seed:int=0, n_samples:int|None=None) -> nn.Module:
         "Itself, which has its noise already."
         return self
     @property
-    def images_at_once(self): return getattr(self.model, 'images_at_once', None)
+    def images_at_once(self) -> int|None:
+        "As many as the model takes; None: any number."
+        return getattr(self.model, 'images_at_once', None)
 
 # %% ../nbs/09_adaptive.ipynb #09-009
-def _mean_exp(values): return values.logsumexp(-1)-math.log(values.shape[-1])
-
 def _odds(logits):
-    "Log-odds of every class"
+    "Log-odds of every class, `[B,C,draws]` to the same"
     p = logits.log_softmax(1)
-    return p - torch.stack([p.index_fill(1, torch.tensor(c, device=p.device), -torch.inf).logsumexp(1) for c in range(p.shape[1])], 1)
+    itself = torch.eye(p.shape[1], dtype=torch.bool, device=p.device)[:,:,None]
+    return p - p[:,None].masked_fill(itself, -torch.inf).logsumexp(2)
 
 AVERAGES = dict(losses=lambda logits: _odds(logits).mean(-1), probabilities=lambda logits: _mean_exp(logits.log_softmax(1)),
                 samples=_mean_exp, logits=lambda logits: logits.mean(-1))
@@ -49,7 +50,7 @@ class Averaged(View):
     def __init__(self,
         clf:BayesClassifier, # In eval mode
         draws:int, # Independent draws of K samples for each class, 1 or more
-        of:str='losses', # A key of `AVERAGES`; 'losses' are mean log-odds, for an attack with `loss='joint'`, which climbs minus that of the label
+        of:str='probabilities', # A key of `AVERAGES`; with 'losses' the numbers are mean log-odds, to be attacked with `loss='joint'`, which lowers that of the label
         seed:int=0 # Of the noise
     ):
         require(of in AVERAGES, f"of must be one of {', '.join(AVERAGES)}, found {of!r}")
@@ -58,7 +59,7 @@ class Averaged(View):
         super().__init__(clf.averaged(draws, seed), average=of)
         self.of = of
     def forward(self, x:Tensor) -> Tensor:
-        return AVERAGES[self.of](_mean_exp(_total(self.model.log_terms(x)).unflatten(-1, (self.model.draws,-1))))
+        return AVERAGES[self.of](_by_draw(self.model.log_terms(x), self.model.draws))
 
 # %% ../nbs/09_adaptive.ipynb #09-021
 class Through(View):
@@ -69,29 +70,30 @@ class Through(View):
     ):
         super().__init__(model, through=factors)
         require(isinstance(model, OnNoise), f"expected clf.fixed(seed) or clf.averaged(draws, seed) of a BayesClassifier, found {type(model).__name__}")
-        require(isinstance(factors, str) and factors!='' and set(factors) <= set('xyzq'), f"factors must be some of 'x', 'y', 'z' and 'q', such as 'y' or 'zq', found {factors!r}")
+        there = [k for k in 'xyzq' if getattr(model.clf.factors, k, '') is not None]
+        require(isinstance(factors, str) and factors!='' and set(factors) <= set(there), f"factors must be some of {''.join(there)!r}, such as 'z' or 'zq', found {factors!r}; {model.clf.name} has no others")
         self.factors = factors
     def forward(self, x:Tensor) -> Tensor:
         return _estimate({k: v if k in self.factors else v.detach() for k,v in self.model.log_terms(x).items()}, self.model.draws)
 
 # %% ../nbs/09_adaptive.ipynb #09-031
+def _network(model): return _network(model.model) if isinstance(model, View) else getattr(model, 'clf', model)
+
 class Guarded(View):
-    "A model with a detector in front, as C+1 logits of which the largest is its answer, the last standing for turned away: `[B,1,28,28]` to `[B,C+1]`"
+    "A model with a detector in front, as C+1 logits of which the largest is its answer, the last standing for turned away: `[B,1,28,28]` to `[B,C+1]`; to be attacked with a target"
     def __init__(self,
-        model:nn.Module, # Deterministic
-        detector:Detector # Fitted and calibrated
+        model:nn.Module, # Deterministic; not `Averaged` over 'losses' or 'probabilities', whose numbers are no log-densities
+        detector:Detector # Fitted and calibrated, in front of the same network, on whatever noise
     ):
         require(isinstance(detector, Detector) and detector.threshold is not None, f"expected a fitted and calibrated detector, found {type(detector).__name__}")
-        super().__init__(model, detector=detector.name)
+        super().__init__(model, detector=detector.name, threshold=detector.threshold)
+        require(_network(model) is _network(detector.model), "the detector stands in front of another network than the model")
+        require(getattr(model, 'of', 'logits') in ('logits', 'samples'), "a detector judges log-densities: average over 'logits' or 'samples'")
         self.detector = detector
-    def _slack(self, logits):
-        "How far each class is from being turned away, `[B,C]` nats"
-        classes = torch.arange(logits.shape[1], device=logits.device)
-        return torch.stack([(self.detector.threshold-self.detector.judge(logits, c.expand(len(logits))))*self.detector.spread(c) for c in classes], 1)
     def forward(self, x:Tensor) -> Tensor:
         logits = self.model(x)
         top, second = logits.topk(2).values[:,:,None].unbind(1)
-        lead, slack = logits-torch.where(logits==top, second, top), self._slack(logits)
+        lead, slack = logits-torch.where(logits==top, second, top), self.detector.slack(logits)
         value = torch.where((lead>0)&(slack>0), torch.minimum(lead, slack), lead.clamp_max(0)+slack.clamp_max(0))
         return torch.cat([value, torch.zeros_like(top)], 1)
 
@@ -102,24 +104,30 @@ def evade(
     x:Tensor, # Images `[N,1,28,28]`
     y:Tensor, # Their labels `[N]`
     *,
-    target:Tensor|int|None=None, # Class to be taken for; default: for each image the other class with the largest logit
+    target:Tensor|int|None=None, # Class to be taken for, 0 to C-1; default: for each image the other class with the largest of the numbers of `Guarded`
     seed:int=0, # Of random numbers and noise
-    **kwargs # For `attack`
-) -> AttackResult: # Images turned away before the attack count as `initially_wrong`; in `y_adv` C stands for turned away
+    **kwargs # For `attack`, such as `loss='joint'` where it has a choice
+) -> AttackResult: # Images turned away before the attack count as `initially_wrong`; in `y_adv` `REJECTED` stands for turned away
     "Attack model and detector together."
     guard = Guarded(model.fixed(seed) if hasattr(model, 'fixed') else model, detector)
-    if target is None: target = predict(guard.model, x).scatter(1, y[:,None], -torch.inf).argmax(1)
-    return attack(guard, x, y, target=target, seed=seed, **kwargs)
+    values = predict(guard, x)[:,:-1]
+    y = _labels(y, len(x), x.device, 'y')
+    _check_labels(y, values.shape[1], 'y')
+    target = values.scatter(1, y[:,None], -torch.inf).argmax(1) if target is None else _labels(target, len(x), x.device, 'target')
+    _check_labels(target, values.shape[1], 'target')
+    result = attack(guard, x, y, target=target, seed=seed, **kwargs)
+    result.y_adv[result.y_adv==values.shape[1]] = REJECTED
+    return result
 
 @torch.no_grad()
 def slipped(
     result:AttackResult, # To score
     detector:Detector, # In front of a model that draws noise, or does not
     draws:int=20, # Times that each image is classified
-    seed:int=0 # Of the fresh noise
+    seed:int=0 # Of the fresh noise, which is never that of an attack
 ) -> Tensor: # `[N]`, nan where the image was not attacked
     "Share of draws in which an attacked image is taken for another class than its own and let through."
     require(isinstance(result, AttackResult) and isinstance(detector, Detector), f"expected an AttackResult and a detector, found {type(result).__name__} and {type(detector).__name__}")
     check_counts(draws=draws)
-    with seeded(seed): answers = torch.stack([detector(result.x_adv) for _ in range(draws)])
+    with seeded(_key('slipped', int(seed))), _exactly(): answers = torch.stack([detector(result.x_adv) for _ in range(draws)])
     return torch.where(result.attacked, ((answers!=result.y) & (answers!=REJECTED)).float().mean(0), torch.nan)

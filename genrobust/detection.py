@@ -94,21 +94,19 @@ class Detector:
         _check_fpr(fpr, len(valid.x))
         return self._choose(self.score(valid.x, batch_size), fpr)
 
-    def spread(self,
-        label:Tensor # Classes, of any shape
-    ) -> Tensor: # Nats
-        "Standard deviation of what is usual for each class: the unit of scores."
-        return self.statistics['std'].to(label.device)[self._group(label)]
+    def _usual(self, label):
+        "Mean and standard deviation of what a class has usually"
+        require(self.statistics is not None, f"this {type(self).__name__} has learnt nothing yet: call fit first")
+        return (self.statistics[k].to(label.device)[self._group(label)] for k in ('mean','std'))
 
     def judge(self,
         logits:Tensor, # `[B,C]`
         label:Tensor|None=None # Class that each image is taken for `[B]`; default: that of the largest logit
     ) -> Tensor: # `[B]`, in standard deviations; a higher score is more suspicious
         "Scores from logits; differentiable."
-        require(self.statistics is not None, f"this {type(self).__name__} has learnt nothing yet: call fit first")
-        if label is None: label = logits.argmax(1)
-        mean = self.statistics['mean'].to(logits)[self._group(label)]
-        return self.sign*(self.value(logits, label)-mean)/self.spread(label)
+        label = logits.argmax(1) if label is None else label.to(logits.device)
+        mean, std = self._usual(label)
+        return self.sign*(self.value(logits, label)-mean)/std
 
     def look(self,
         x:Tensor, # `[N,1,28,28]`
@@ -125,6 +123,17 @@ class Detector:
     def _above(self, scores):
         require(self.threshold is not None, f"this {type(self).__name__} has no threshold yet: call calibrate first")
         return scores>self.threshold
+
+    def slack(self,
+        logits:Tensor # `[B,C]`
+    ) -> Tensor: # `[B,C]` nats; below 0 where an image that is taken for the class is turned away
+        "How far each image is from being turned away, for every class that it may be taken for; differentiable."
+        require(self.threshold is not None, f"this {type(self).__name__} has no threshold yet: call calibrate first")
+        def of(c):
+            label = torch.full_like(logits[:,0], c, dtype=torch.long)
+            _, std = self._usual(label)
+            return (self.threshold-self.judge(logits, label))*std
+        return torch.stack([of(c) for c in range(logits.shape[1])], 1)
 
     def rejects(self, x:Tensor, batch_size:int=100) -> Tensor:
         "Whether each image is turned away, bool `[N]`."

@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
 SETTINGS = configparser.ConfigParser(delimiters=['='])
 SETTINGS.read(ROOT/'settings.ini')
 SETTINGS = SETTINGS['DEFAULT']
-MODULES = ['data', 'models', 'training', 'attacks', 'attacks.core', 'attacks.gradient', 'attacks.boundary', 'attacks.penalty', 'attacks.query', 'detection', 'results', 'bench', 'cli']
+MODULES = ['data', 'models', 'training', 'attacks', 'attacks.core', 'attacks.gradient', 'attacks.boundary', 'attacks.penalty', 'attacks.query', 'detection', 'adaptive', 'results', 'bench', 'cli']
 
 def cells(path): return nbformat.read(path, as_version=4).cells
 every_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
