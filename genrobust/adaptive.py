@@ -46,7 +46,7 @@ AVERAGES = dict(losses=lambda logits: _odds(logits).mean(-1), probabilities=lamb
                 samples=_mean_exp, logits=lambda logits: logits.mean(-1))
 
 class Averaged(View):
-    "A Bayes classifier averaged over draws of noise, images `[B,1,28,28]` to `[B,C]`"
+    "A Bayes classifier averaged over draws of noise, images `[B,1,28,28]` to `[B,C]` (expectation over transformation: Athalye, Engstrom, Ilyas and Kwok, 2018); `ValueError` for another model, another average or no draw"
     def __init__(self,
         clf:BayesClassifier, # In eval mode
         draws:int, # Independent draws of K samples for each class, 1 or more
@@ -63,7 +63,7 @@ class Averaged(View):
 
 # %% ../nbs/09_adaptive.ipynb #09-021
 class Through(View):
-    "The same logits, with a gradient that passes through some factors alone, images `[B,1,28,28]` to `[B,C]`"
+    "The same logits, with a gradient that passes through some factors alone, images `[B,1,28,28]` to `[B,C]` nats (after Tramèr, Carlini, Brendel and Madry, 2020); `ValueError` for a factor that the model has not"
     def __init__(self,
         model:OnNoise, # `clf.fixed(seed)` or `clf.averaged(draws, seed)`
         factors:str # Of 'x', 'y', 'z' and 'q', the keys of `clf.log_terms`: 'y' for one, 'zq' for two
@@ -80,7 +80,7 @@ class Through(View):
 def _network(model): return _network(model.model) if isinstance(model, View) else getattr(model, 'clf', model)
 
 class Guarded(View):
-    "A model with a detector in front, as C+1 logits of which the largest is its answer, the last standing for turned away: `[B,1,28,28]` to `[B,C+1]`; to be attacked with a target"
+    "A model with a detector in front, as C+1 logits of which the largest is its answer, the last standing for turned away: `[B,1,28,28]` to `[B,C+1]` nats; to be attacked with a target (one more class as in Carlini and Wagner, 2017)"
     def __init__(self,
         model:nn.Module, # Deterministic; not `Averaged` over 'losses' or 'probabilities', whose numbers are no log-densities
         detector:Detector # Fitted and calibrated, in front of the same network, on whatever noise
@@ -108,7 +108,7 @@ def evade(
     seed:int=0, # Of random numbers and noise
     **kwargs # For `attack`, such as `loss='joint'` where it has a choice
 ) -> AttackResult: # Images turned away before the attack count as `initially_wrong`; in `y_adv` `REJECTED` stands for turned away
-    "Attack model and detector together."
+    "Attack model and detector together; `ValueError` for a detector of another network, or one without a threshold."
     guard = Guarded(model.fixed(seed) if hasattr(model, 'fixed') else model, detector)
     values = predict(guard, x)[:,:-1]
     y = _labels(y, len(x), x.device, 'y')

@@ -288,13 +288,17 @@ def _draw(self:BayesClassifier, *shape): return torch.randn(*shape, self.latent,
 # %% ../nbs/01_models.ipynb #01-029
 def _total(terms, kl=1.): return terms['x'] + terms['y'] + kl*terms['z'] - kl*terms['q']
 
-def _mean_exp(values): return values.logsumexp(-1) - math.log(values.shape[-1])
+def _mean_exp(values):
+    "The logarithm of the mean of exp(values), over the last axis"
+    return values.logsumexp(-1) - math.log(values.shape[-1])
 
 def _by_draw(terms, draws):
     "Logits of every draw, from `[B,C,draws*K]` to `[B,C,draws]`"
     return _mean_exp(_total(terms).unflatten(-1, (draws,-1)))
 
-def _estimate(terms, draws=1): return _by_draw(terms, draws).mean(-1)
+def _estimate(terms, draws=1):
+    "Their mean, `[B,C]`"
+    return _by_draw(terms, draws).mean(-1)
 
 @patch
 def elbo(self:BayesClassifier,
