@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FACTORISATIONS', 'LOG_NORMALISER', 'Factorisation', 'Joined', 'Halve', 'Double', 'Grow', 'Trunk', 'Head', 'MLP',
            'Painter', 'pick_device', 'seeded', 'NoDensityError', 'Classifier', 'CNN', 'BayesClassifier', 'OnNoise',
-           'Fresh', 'digest', 'write_whole', 'save_tensors', 'load_tensors', 'build', 'save_model', 'pretrained_names',
-           'load_pretrained', 'in_parts', 'predict', 'accuracy']
+           'Fresh', 'build', 'save_model', 'pretrained_names', 'load_pretrained', 'in_parts', 'predict', 'accuracy',
+           'digest', 'write_whole', 'save_tensors', 'load_tensors']
 
 # %% ../nbs/01_models.ipynb #01-005
-import hashlib, json, math, os
+import math
 from contextlib import contextmanager
 from importlib.resources import files
 from itertools import chain
@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
+
+from .files import digest, load_tensors, save_tensors, write_whole
 
 # %% ../nbs/01_models.ipynb #01-008
 class Factorisation(NamedTuple):
@@ -405,47 +405,7 @@ def fresh(self:BayesClassifier) -> nn.Module:
     return Fresh(self)
 
 # %% ../nbs/01_models.ipynb #01-039
-def digest(
-    tensors:dict # Name: tensor
-) -> str: # 32 hexadecimal digits
-    "A hash of names and numbers."
-    h = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(tensors.items()): h.update(name.encode()+value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
-
-def write_whole(
-    path:str|Path, # Its folder is made if it is not there
-    content:str|bytes # Text is written as UTF-8
-) -> None:
-    "Write a file whole or not at all: what stood there stays until the new one is complete; an `OSError` if that cannot be done."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-    try:
-        tmp.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-
-def save_tensors(
-    path:str|Path, # Where to
-    tensors:dict, # Name: tensor
-    **metadata # Anything JSON can hold
-) -> None:
-    "Write a safetensors file, whole or not at all; an `OSError` if that cannot be done."
-    write_whole(path, save({k: v.contiguous() for k,v in tensors.items()}, dict(genrobust=json.dumps(metadata), digest=digest(tensors))))
-
-def load_tensors(
-    path:str|Path # A file by `save_tensors`
-) -> tuple[dict, dict]: # Tensors on the CPU, metadata
-    "Read what `save_tensors` wrote; a `ValueError` if it is not such a file, or not all of it."
-    if not Path(path).is_file(): raise FileNotFoundError(f"no file {path}")
-    try:
-        with safe_open(path, 'pt') as f:
-            tensors, metadata = {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata()
-        if metadata['digest']!=digest(tensors): raise ValueError('its numbers are not those that were saved')
-        return tensors, json.loads(metadata['genrobust'])
-    except (SafetensorError, TypeError, KeyError, ValueError) as e:
-        raise ValueError(f"{path} is not a file of genrobust's, or corrupt or truncated ({e}); fetch or make it again") from e
+_all_ = ['digest', 'write_whole', 'save_tensors', 'load_tensors']  # of genrobust.files
 
 def build(
     name:str, # 'cnn', or a factorisation such as 'gfz'
