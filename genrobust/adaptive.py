@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .attacks.core import AttackResult, _check_labels, _exactly, _key, _labels, check_counts, require
+from .attacks.core import AttackResult, as_labels, check_counts, check_labels, require
 from .detection import REJECTED, Detector
-from .models import BayesClassifier, OnNoise, _by_draw, _estimate, _mean_exp, predict, seeded
+from .models import BayesClassifier, OnNoise, _by_draw, _estimate, _mean_exp, predict
+from .numerics import derive_seed, no_tf32, seeded
 
 # %% ../nbs/09_adaptive.ipynb #09-007
 class View(nn.Module):
@@ -111,10 +112,10 @@ def evade(
     "Attack model and detector together; `ValueError` for a detector of another network, or one without a threshold."
     guard = Guarded(model.fixed(seed) if hasattr(model, 'fixed') else model, detector)
     values = predict(guard, x)[:,:-1]
-    y = _labels(y, len(x), x.device, 'y')
-    _check_labels(y, values.shape[1], 'y')
-    target = values.scatter(1, y[:,None], -torch.inf).argmax(1) if target is None else _labels(target, len(x), x.device, 'target')
-    _check_labels(target, values.shape[1], 'target')
+    y = as_labels(y, len(x), x.device, 'y')
+    check_labels(y, values.shape[1], 'y')
+    target = values.scatter(1, y[:,None], -torch.inf).argmax(1) if target is None else as_labels(target, len(x), x.device, 'target')
+    check_labels(target, values.shape[1], 'target')
     result = attack(guard, x, y, target=target, seed=seed, **kwargs)
     result.y_adv[result.y_adv==values.shape[1]] = REJECTED
     return result
@@ -129,5 +130,5 @@ def slipped(
     "Share of draws in which an attacked image is taken for another class than its own and let through."
     require(isinstance(result, AttackResult) and isinstance(detector, Detector), f"expected an AttackResult and a detector, found {type(result).__name__} and {type(detector).__name__}")
     check_counts(draws=draws)
-    with seeded(_key('slipped', int(seed))), _exactly(): answers = torch.stack([detector(result.x_adv) for _ in range(draws)])
+    with seeded(derive_seed('slipped', int(seed))), no_tf32(): answers = torch.stack([detector(result.x_adv) for _ in range(draws)])
     return torch.where(result.attacked, ((answers!=result.y) & (answers!=REJECTED)).float().mean(0), torch.nan)

@@ -13,7 +13,7 @@ import torch
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from .core import AttackResult, Best, check_counts, check_positive, check_range, differentiating, log_odds, margin, norm, require, run
+from .core import AttackResult, Best, check_counts, check_positive, check_range, differentiating, log_odds, margin, norm, require, run, within_reach
 
 # %% ../../nbs/04_fgsm.ipynb #04-008
 def _logit(logits, y): return logits.gather(1, y[:,None]).squeeze(1)
@@ -46,6 +46,12 @@ def _project(delta, eps, p):
     if p==torch.inf: return delta.clamp(-eps, eps)
     return delta*_flat(delta, (eps/norm(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1))
 
+def _confine(problem, x, i, eps, p):
+    "Into the ball around each image, and into the box"
+    centre = problem.x[i]
+    x = problem.clip(centre + _project(x-centre, eps, p))
+    return within_reach(x, centre, eps) if p==torch.inf else x
+
 # %% ../../nbs/04_fgsm.ipynb #04-016
 @delegates(run, but=['minimum_norm','look'])
 def fgsm(
@@ -61,7 +67,7 @@ def fgsm(
     "Fast Gradient Sign (Goodfellow, Shlens and Szegedy, 2015, section 4)."
     _check_ball(eps, p)
     _check_loss(loss)
-    def solve(problem): return problem.clip(problem.x + eps*_unit(problem.seen[1], p))
+    def solve(problem): return _confine(problem, problem.x + eps*_unit(problem.seen[1], p), problem.all, eps, p)
     return run(solve, model, x, y, settings=dict(attack='fgsm', eps=eps, p=p, loss=loss), minimum_norm=False, look=differentiating(_losses[loss]), **kwargs)
 
 # %% ../../nbs/04_fgsm.ipynb #04-020
@@ -69,12 +75,7 @@ def _ball_start(problem, i, eps, p):
     "A random point, uniform in the ball around each image"
     if p==torch.inf: delta = problem.random(torch.rand, i)*2-1
     else: delta = _unit(problem.random(torch.randn, i), 2)*_flat(problem.x, problem.random(lambda shape, generator: torch.rand((), generator=generator)**(1/shape.numel()), i))
-    return problem.clip(problem.x[i] + eps*delta)
-
-def _confine(problem, x, i, eps, p):
-    "Into the ball around each image, and into the box"
-    centre = problem.x[i]
-    return problem.clip(centre + _project(x-centre, eps, p))
+    return _confine(problem, problem.x[i] + eps*delta, i, eps, p)
 
 def _restart(problem, restarts, start, climb):
     "The best point that `climb(x, i, best)` visits, from `start(i)` again and again; images already fooled sit a restart out"

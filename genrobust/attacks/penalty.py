@@ -17,15 +17,17 @@ from .core import AttackResult, Nearest, Problem, check_counts, check_positive, 
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-010
 class Adam:
-    "Directions for minimising over `[N,D]` (Kingma and Ba, 2015, algorithm 1); any part at a time, each coordinate counting its own steps"
+    "Directions for minimising over `[N,D]` (Kingma and Ba, 2015, algorithm 1); any part at a time, each coordinate counting its own steps; in float32 or better, where 0.999 is not 1"
     def __init__(self, x:Tensor, beta1:float=.9, beta2:float=.999):
-        self.betas, (self.m, self.v, self.t) = (beta1, beta2), x.new_zeros(3, len(x), x[0].numel())
+        self.betas = beta1, beta2
+        self.m, self.v, self.t = x.new_zeros(3, len(x), x[0].numel(), dtype=torch.promote_types(x.dtype, torch.float32))
     def step(self, g:Tensor, *index) -> Tensor:
         "The direction in which to go, of about 1 a coordinate, shaped like `g`: the gradient at `index`."
         a, b = self.betas
-        m, v, t = a*self.m[index] + (1-a)*g, b*self.v[index] + (1-b)*g.square(), self.t[index]+1
+        wide = g.to(self.m.dtype)
+        m, v, t = a*self.m[index] + (1-a)*wide, b*self.v[index] + (1-b)*wide.square(), self.t[index]+1
         self.m[index], self.v[index], self.t[index] = m, v, t
-        return -(m/(1-a**t))/((v/(1-b**t)).sqrt() + torch.finfo(g.dtype).tiny)
+        return (-(m/(1-a**t))/((v/(1-b**t)).sqrt() + torch.finfo(wide.dtype).tiny)).to(g.dtype)
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-016
 def _descend(problem, nearest, x, c, lr, steps, gradient, look):
@@ -88,9 +90,11 @@ def linear_scale(
     c:float|None, # Weight to use instead
     lr:float|None # Learning rate to use instead
 ) -> tuple[Tensor, Tensor]: # c `[B]`, learning rate `[B]`
-    "Two and a half times the c at which a flat boundary is reached, and steps of a share of the way, which is held between a ten-thousandth and a tenth of the box for each pixel."
-    n, width = problem.x[0].numel(), problem.bounds[1]-problem.bounds[0]
-    rate = (distance/math.sqrt(n)).clamp(1e-4*width, .1*width)
+    "Two and a half times the c at which a flat boundary is reached, and steps of a share of the way, which is held, for each pixel, between a ten-thousandth of the image's range and that range, or a tenth of the bounds' if that is less."
+    n, width, flat = problem.x[0].numel(), problem.bounds[1]-problem.bounds[0], problem.x.flatten(1)
+    scale = flat.amax(1)-flat.amin(1)
+    scale = torch.where(scale>0, scale, width)  # bounds may be much wider than the data
+    rate = (distance/math.sqrt(n)).maximum(1e-4*scale).minimum(scale.clamp_max(.1*width))
     estimates = 5*n*rate**2/gap.abs().clamp_min(torch.finfo(gap.dtype).eps), share*rate
     return tuple(estimate if given is None else torch.full_like(estimate, given) for estimate, given in zip(estimates, (c, lr)))
 

@@ -14,7 +14,7 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import AttackResult, Best, Nearest, _check_within, check_counts, check_positive, check_range, norm, require, run
+from .core import AttackResult, Best, Nearest, check_counts, check_positive, check_range, norm, require, run, within_bounds, within_reach
 from .gradient import _check_ball, _confine, _flat, _unit
 from .penalty import Adam, check_penalty, linear_scale, minimise
 
@@ -167,7 +167,8 @@ def _signs(problem, i, *shape): return problem.random(lambda _, generator: _rade
 def _stripes(problem, eps):
     "Each column of each channel `eps` above or below"
     channels, height, width = _size(problem.x)
-    return problem.clip(problem.x + eps*_signs(problem, problem.all, channels, 1, width).expand(-1, -1, height, -1).reshape(problem.x.shape))
+    signs = _signs(problem, problem.all, channels, 1, width).expand(-1, -1, height, -1).reshape(problem.x.shape)
+    return _confine(problem, problem.x + eps*signs, problem.all, eps, torch.inf)
 
 def _square(problem, x, i, eps, share):
     "One square, `eps` above or below the image in each channel; the other way where that changes nothing"
@@ -175,9 +176,9 @@ def _square(problem, x, i, eps, share):
     window = _window(problem, i, _sides(share, *size), size).expand(-1, channels, -1)
     now, centre = (v.view(len(i), channels, -1) for v in (x, problem.x[i]))
     old, centre, sign = now.gather(2, window), centre.gather(2, window), _signs(problem, i, channels, 1)
-    new = problem.clip(centre + eps*sign)
-    idle = (new==old).flatten(1).all(1)[:,None,None]
-    return now.scatter(2, window, torch.where(idle, problem.clip(centre - eps*sign), new)).view_as(x)
+    up, down = (within_reach(problem.clip(centre + change), centre, eps) for change in (eps*sign, -eps*sign))
+    idle = (up==old).flatten(1).all(1)[:,None,None]
+    return now.scatter(2, window, torch.where(idle, down, up)).view_as(x)
 
 # %% ../../nbs/07_zoo.ipynb #07-039
 def _hill(h, w, like):
@@ -320,7 +321,7 @@ def _clear(labels, i, overshoot):
 def _check_start(start, x, bounds):
     require(isinstance(start, Tensor) and start.is_floating_point() and start.shape==getattr(x, 'shape', None),
             f"start must be a float tensor like x, {list(getattr(x, 'shape', []))}, found {type(start).__name__} {getattr(start, 'dtype', '')} {list(getattr(start, 'shape', []))}")
-    _check_within(bounds, start=start)
+    return within_bounds(start, bounds, 'start')
 
 @delegates(run, but=['minimum_norm','look'])
 def hop_skip_jump(
@@ -342,7 +343,7 @@ def hop_skip_jump(
     check_counts(max_queries=max_queries, init_queries=init_queries, samples=samples)
     check_positive(gamma=gamma)
     check_range(0, math.inf, overshoot=overshoot)
-    if start is not None: _check_start(start, x, kwargs.get('bounds', (0, 1)))
+    if start is not None: start = _check_start(start, x, kwargs.get('bounds', (0, 1)))
     def solve(problem):
         labels, size = _Labels(problem, p, max_queries-1), problem.x[0].numel()
         tolerance = min(max(gamma*size**(-1.5 if p==2 else -2), torch.finfo(problem.x.dtype).eps), 1e-3)
