@@ -154,7 +154,7 @@ def _find(dataset, name, root):
 # %% ../nbs/00_data.ipynb #00-013d
 def download_url(
     url:str, # Where from
-    seconds:float=20, # In each such span there must come
+    seconds:float=15, # In each such span there must come
     rate:int=10_000 # so many bytes a second
 ) -> bytes: # Its content
     "Download a file; an `OSError` if that fails, a `TimeoutError` if it takes too long."
@@ -188,7 +188,7 @@ def _download(dataset, name, folder, mirrors):
     for mirror in list(mirrors):
         try:
             writable(folder)
-            content = download_url(mirror+name, seconds=min(20, 60/len(dataset.mirrors)))
+            content = download_url(mirror+name, seconds=min(15, 30/len(dataset.mirrors)))
             inside = _judge(dataset, name, content)
             if inside is not None:
                 write_whole(folder/name, content)
