@@ -57,7 +57,7 @@ def _epoch(model, optimiser, average, data, batches, adversary, amp, prices=repe
 
 @torch.no_grad()
 def _evaluate(model, images, adversary=None, n_accuracy=500, batch_size=500):
-    "The bound on every image (mean of -loss, nats), the accuracy on the first ones; on those of the adversary, if there is one"
+    "The bound on all images (mean of -loss, nats), the accuracy on some; as the adversary leaves them"
     parts = [(_meet(adversary, model.eval(), x, y), y) for x,y in zip(images.x.split(batch_size), images.y.split(batch_size))]
     bound = -sum(model.loss(x, y)*len(y) for x,y in parts)/len(images.y)
     x, y = (torch.cat(part)[:n_accuracy] for part in zip(*parts))
@@ -81,7 +81,7 @@ def _previous(path):
     return beside(path, '.previous')
 
 def _load_checkpoint(path):
-    "Tensors and metadata; if the file is corrupt, those of the one before it, which then takes its place"
+    "Tensors and metadata; of a corrupt file those of the one before it, which takes its place"
     try:
         return load_tensors(path)
     except ValueError as corrupt:
@@ -89,7 +89,7 @@ def _load_checkpoint(path):
             found = load_tensors(_previous(path))
         except (OSError, ValueError):
             raise corrupt
-        warnings.warn(f"{corrupt}. Training goes on from {_previous(path)}, the checkpoint before it.")
+        warnings.warn(f"{corrupt}. Training goes on from {_previous(path)}, the one before it.")
         write_whole(path, _previous(path).read_bytes())
         return found
 
@@ -110,19 +110,20 @@ class _Run:
         self.best, self.history = {}, []
 
     def save(self, path):
-        "Write everything, and keep the file before it; of the first a copy, so that there are always two"
+        "Write everything, and keep the file before it; of the first a copy: there are always two"
         moments = {f'optim.{i}': state for i,state in self.optimiser.state_dict()['state'].items()}
         states = dict(model=self.model.state_dict(), average=self.average.state_dict(),
                       best=self.best, **moments)
         tensors = {f'{name}.{k}': v for name,state in states.items() for k,v in state.items()}
         if path.exists():
             write_whole(_previous(path), path.read_bytes())
-        save_tensors(path, tensors, config=self.model.config, settings=self.settings, history=self.history)
+        save_tensors(path, tensors, config=self.model.config, settings=self.settings,
+                     history=self.history)
         if len(self.history)==1:
             write_whole(_previous(path), path.read_bytes())
 
     def resume(self, path):
-        "Go on from what `save` wrote; a `ValueError` if it is of another run, or nothing of the kind"
+        "Go on from what `save` wrote; a `ValueError` if it is another run's, or no checkpoint"
         tensors, metadata = _load_checkpoint(path)
         settings = metadata.get('settings')
         if isinstance(settings, dict):
@@ -225,8 +226,8 @@ def fit(
     device = pick_device(device)
     for name, part in (('training images', train), ('validation images', valid)):
         check_images(*part, n_classes=model.n_classes, source=name)
-    settings = dict(lr=float(lr), batch_size=int(batch_size), seed=int(seed), warmup=int(warmup), amp=bool(amp),
-                    adversary=_describe(adversary), data=_fingerprint(train, valid))
+    settings = dict(lr=float(lr), batch_size=int(batch_size), seed=int(seed), warmup=int(warmup),
+                    amp=bool(amp), adversary=_describe(adversary), data=_fingerprint(train, valid))
     model.to(device).requires_grad_(True)
     train, valid = (Images(images.x.to(device), images.y.to(device)) for images in (train, valid))
     run = _Run(model, settings, adversary)
