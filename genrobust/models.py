@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['FACTORISATIONS', 'LOG_NORMALISER', 'Factorisation', 'Joined', 'Halve', 'Double', 'Grow', 'Trunk', 'Head', 'MLP',
-           'Painter', 'pick_device', 'seeded', 'NoDensityError', 'Classifier', 'CNN', 'BayesClassifier', 'OnNoise',
-           'Fresh', 'build', 'save_model', 'pretrained_names', 'load_pretrained', 'in_parts', 'predict', 'accuracy',
-           'digest', 'write_whole', 'save_tensors', 'load_tensors']
+           'Painter', 'pick_device', 'check_seed', 'seeded', 'NoDensityError', 'Classifier', 'CNN', 'BayesClassifier',
+           'OnNoise', 'Fresh', 'build', 'save_model', 'pretrained_names', 'load_pretrained', 'in_parts', 'predict',
+           'accuracy', 'digest', 'write_whole', 'save_tensors', 'load_tensors']
 
 # %% ../nbs/01_models.ipynb #01-005
 import math
 from contextlib import contextmanager
 from importlib.resources import files
 from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
 from typing import NamedTuple
 
@@ -120,17 +121,36 @@ def pick_device(
         return torch.device(device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device {str(device)!r} cannot be used here ({str(e).splitlines()[0]})") from e
 
+def check_seed(
+    seed:int, # A whole number
+    low:int=0, # Its least value
+    high:int=2**63-1 # Its greatest value
+) -> int: # The same, as Python's own type
+    "A `ValueError` unless torch can take a seed."
+    if not isinstance(seed, Integral) or not low<=seed<=high:
+        raise ValueError(f"seed must be a whole number from {low} to {high}, found {seed!r}")
+    return int(seed)
+
 @contextmanager
 def seeded(
-    seed:int # Of all of them
+    seed:int # Of all of them, a whole number of 63 bits
 ):
     "Torch's random numbers begin at `seed`, on all devices, and go on afterwards as if nothing had been."
+    seed = check_seed(seed)
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_available() else None):
         torch.manual_seed(seed)
         yield
 
 class NoDensityError(ValueError):
     "A density was asked of a model that has none"
+
+def _check_sizes(n_classes, dropout=0., **sizes):
+    "A `ValueError` unless a network can have these sizes and this share of dropped units"
+    for name, value in dict(n_classes=n_classes, **sizes).items():
+        if not isinstance(value, Integral) or value<1:
+            raise ValueError(f"expected {name}, a whole number of at least 1, found {value!r}")
+    if not isinstance(dropout, Real) or not 0<=dropout<1:
+        raise ValueError(f"expected dropout in [0, 1), found {dropout!r}")
 
 class Classifier(nn.Module):
     "What every model here offers: `forward`, images `[B,1,28,28]` in [0, 1] to logits `[B,C]`, and the methods below"
@@ -200,6 +220,7 @@ class CNN(Classifier):
         dropout:float=.2, # Share of dense units dropped in training
         seed:int=0 # Of the initial weights
     ):
+        _check_sizes(n_classes, dropout, hidden=hidden)
         super().__init__('CNN', n_classes, hidden=hidden, dropout=dropout)
         def build(): self.trunk, self.head = Trunk(hidden, dropout), Head([hidden], n_classes, hidden, dropout)
         self._initialise(build, seed)
@@ -226,6 +247,7 @@ class BayesClassifier(Classifier):
     ):
         name = name.upper()
         if name not in FACTORISATIONS: raise ValueError(f"no factorisation {name!r}; there are {', '.join(FACTORISATIONS)}")
+        _check_sizes(n_classes, dropout, latent=latent, hidden=hidden, n_samples=n_samples)
         super().__init__(name, n_classes, latent=latent, hidden=hidden, dropout=dropout, n_samples=n_samples)
         self.factors, self.latent, self.n_samples = FACTORISATIONS[name], latent, n_samples
         self.register_buffer('labels', torch.eye(n_classes), persistent=False)
@@ -351,8 +373,9 @@ class OnNoise(nn.Module):
         super().__init__()
         if n_samples<1 or draws<1: raise ValueError(f"expected at least one sample and one draw, found {n_samples} and {draws}")
         self.clf, self.draws, self.n_classes, self.training = clf, draws, clf.n_classes, clf.training
-        self.noise_settings = dict(seed=int(seed), n_samples=n_samples//draws, draws=draws)
-        rng = torch.Generator().manual_seed(int(seed))
+        seed = check_seed(seed, low=-2**63)
+        self.noise_settings = dict(seed=seed, n_samples=n_samples//draws, draws=draws)
+        rng = torch.Generator().manual_seed(seed)
         noise = torch.stack([torch.randn(clf.n_classes, clf.latent, generator=rng) for _ in range(n_samples)], 1)
         self.register_buffer('noise', noise.to(clf.labels), persistent=False)
     def forward(self, x:Tensor) -> Tensor: return _estimate(self.log_terms(x), self.draws)
@@ -412,7 +435,6 @@ def build(
     **config # As for `CNN` or `BayesClassifier`
 ) -> Classifier: # Untrained
     "A model by its name; a `ValueError` for an unknown one."
-    if not 0<=config.get('dropout', 0)<1: raise ValueError(f"expected dropout in [0, 1), found {config['dropout']}")
     return CNN(**config) if name.upper()=='CNN' else BayesClassifier(name, **config)
 
 def save_model(
@@ -429,11 +451,21 @@ def pretrained_names() -> list[str]: # In alphabetical order
     "The models whose weights come with the package."
     return sorted(path.stem for path in _shipped('*').parent.glob('*.safetensors'))
 
+def _build_for(tensors, config):
+    "The model of a configuration, with these weights; they are compared before memory is taken for it"
+    with torch.device('meta'):
+        expected = {name: value.shape for name,value in build(**config).state_dict().items()}
+    if expected!={name: value.shape for name,value in tensors.items()}:
+        raise ValueError(f"its weights are not those of the configuration {config}")
+    clf = build(**config)
+    clf.load_state_dict({name: value.float() for name,value in tensors.items()})
+    return clf
+
 def load_pretrained(
     name:str|Path, # One of `pretrained_names()`, or the path of a file by `save_model`
     device=None # Default: `pick_device()`
 ) -> Classifier: # In eval mode, no parameter wants a gradient; `.info` says how it was trained
-    "Load a trained model."
+    "Load a trained model; a `ValueError` that names the file if it does not hold one."
     path = Path(name)
     if path.suffix!='.safetensors':
         if str(name).lower() not in pretrained_names():
@@ -441,10 +473,10 @@ def load_pretrained(
         path = _shipped(str(name).lower())
     tensors, metadata = load_tensors(path)
     try:
-        clf = build(**metadata['config'])
-        clf.load_state_dict({k: v.float() for k,v in tensors.items()})
-    except (KeyError, TypeError, RuntimeError) as e: raise ValueError(f"{path} does not hold a model of genrobust's: {e}") from e
-    clf.info = metadata['info']
+        clf = _build_for(tensors, metadata['config'])
+        clf.info = dict(**metadata['info'])
+    except (ArithmeticError, AttributeError, KeyError, TypeError, RuntimeError, ValueError) as e:
+        raise ValueError(f"{path} does not hold a model of genrobust's: {type(e).__name__}: {e}") from e
     return clf.to(pick_device(device)).eval().requires_grad_(False)
 
 # %% ../nbs/01_models.ipynb #01-041

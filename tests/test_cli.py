@@ -52,7 +52,7 @@ def test_two_processes_train_what_one_trains(tmp_path):
         out = process.communicate()[0]
         assert process.returncode==0 and out.count('after 1 epochs')==4, out
     names = ['cnn', 'cnn-1', 'cnn_at', 'cnn_at-1']
-    for folder in ('one', 'two'): assert sorted(p.name for p in (tmp_path/folder).iterdir())==sorted(f'{n}.{s}' for n in names for s in ('checkpoint', 'safetensors'))
+    for folder in ('one', 'two'): assert sorted(p.name for p in (tmp_path/folder).iterdir())==sorted(f'{n}.{s}' for n in names for s in ('checkpoint', 'checkpoint.previous', 'safetensors'))
     for name in names:
         (a, about), (b, also) = (load_tensors(tmp_path/folder/f'{name}.safetensors') for folder in ('one', 'two'))
         assert about==also and all(torch.equal(a[k], b[k]) for k in a)
