@@ -7,109 +7,100 @@ __all__ = ['LARGEST_JACOBIAN', 'linear_step', 'deepfool', 'truncated_deepfool']
 
 # %% ../../nbs/05_deepfool.ipynb #05-005
 import math
+from functools import partial
 from numbers import Real
 
 import torch
-from fastcore.meta import delegates
-from torch import Tensor, nn
+from torch import Tensor
 
-from .core import AttackResult, check_counts, check_positive, check_range, norm, require, resolution, run, with_jacobian
+from .core import attack, check_counts, check_positive, check_range, norm, require, rounding_tolerance
 
 # %% ../../nbs/05_deepfool.ipynb #05-008
 def linear_step(
-    gap:Tensor, # `[B,C]`: how far each boundary is, in logits; inf for one to be ignored
-    w:Tensor, # `[B,C,...]`: gradient that closes each gap
+    gap:Tensor, # `[B,C]`: how far each logit difference is from its target; inf for one to be ignored
+    grad_f:Tensor, # `[B,C,...]`: gradient that closes each gap
     p:float # Norm, above 1; may be inf
 ) -> Tensor: # `[B,...]`; 0 where no gradient leads anywhere
     "The step of smallest `p`-norm onto the nearest boundary, were boundaries flat (Moosavi-Dezfooli et al., 2016, eqs. 8 to 12)."
     q = 1. if p==torch.inf else p/(p-1)
-    flat = w.flatten(2)
-    scale = flat.abs().amax(2).clamp_min(torch.finfo(w.dtype).tiny)
+    flat = grad_f.flatten(2)
+    scale = flat.abs().amax(2).clamp_min(torch.finfo(grad_f.dtype).tiny)
     u = flat/scale[...,None]
     power = u.abs().pow(q).sum(2)
     distance, l = (gap/(scale*power**(1/q))).min(1)
     rows = torch.arange(len(l), device=l.device)
     length = torch.where(distance.isfinite(), gap[rows,l]/(scale*power)[rows,l], 0)
     u = u[rows,l]
-    return (length[:,None]*u.abs().pow(q-1)*u.sign()).view_as(w[:,0])
+    return (length[:,None]*u.abs().pow(q-1)*u.sign()).view_as(grad_f[:,0])
 
 # %% ../../nbs/05_deepfool.ipynb #05-012
 LARGEST_JACOBIAN = 2**25  # numbers in the gradients of one step: with what is computed from them, less than a gigabyte
 
-def _step(problem, x, walked, gap, w, p, share):
-    "A `share` of `linear_step`; or, in the last stretch, a whole one without the pixels that the box stops, as also where it would stop most of it"
-    estimate, (low, high) = linear_step(gap, w, p), problem.bounds
-    last = norm(estimate, p) <= walked/10
-    stopped = ((w*(problem.clip(x+estimate)-x)[:,None]).flatten(2).sum(2)/gap).amax(1) < 1/4
-    n = (last | stopped).nonzero().squeeze(1)
-    at, wish = x[n,None], w[n]
-    estimate[n] = linear_step(gap[n], wish.masked_fill((at<=low) & (wish<0) | (at>=high) & (wish>0), 0), p)
-    return torch.where(last, 1., share).view(-1, *[1]*(x.ndim-1))*estimate
+def _step(state, x, delta, gap, grad_f, p, fraction):
+    "A `fraction` of `linear_step`; close to the boundary a whole one without the pixels that the bounds block, as also where they would block most of it"
+    step, (low, high) = linear_step(gap, grad_f, p), state.bounds
+    is_final = norm(step, p) <= norm(delta, p)/10
+    is_blocked = ((grad_f*(state.clip(x+step)-x)[:,None]).flatten(2).sum(2)/gap).amax(1) < 1/4
+    redo = (is_final | is_blocked).nonzero().squeeze(1)
+    at, wish = x[redo,None], grad_f[redo]
+    step[redo] = linear_step(gap[redo], wish.masked_fill((at<=low) & (wish<0) | (at>=high) & (wish>0), 0), p)
+    return torch.where(is_final, 1., fraction).to(x.dtype).view(-1, *[1]*(x.ndim-1))*step
 
-def _deepfool(problem, p, steps, overshoot, step, candidates):
-    x, total, rivals = problem.x.clone(), torch.zeros_like(problem.x), None if candidates is None else candidates-1
-    def advance(i, seen=None):
-        "One step of images `i`; those that have not crossed a boundary yet"
-        logits, ahead, w = problem.differences(x[i], i, seen, rivals)
-        crossed = problem.crossed(logits, i)
-        problem.settle(logits[crossed], i[crossed])
-        active, i = ~crossed, i[~crossed]
-        if not len(i): return i
-        gap = (ahead.abs()+2*resolution(logits)[:,None])[active]
-        way, low, high = total[i], *(bound-problem.x[i] for bound in problem.bounds)
-        way += _step(problem, x[i], norm(way, p), gap, w[active], p, step)
-        x[i], total[i] = problem.clip(problem.x[i] + (1+overshoot)*way), way.clamp(low, high)
-        return i
-    i = problem.all if problem.seen is None else advance(problem.all, problem.seen)
-    most = max(1, LARGEST_JACOBIAN//(min(rivals or problem.n_classes, problem.n_classes-1)*problem.x[0].numel()))
-    for _ in range(steps-(problem.seen is not None)):
+def _deepfool(state, p, steps, overshoot, step, candidates):
+    delta, rivals = torch.zeros_like(state.x), None if candidates is None else candidates-1
+    def advance(x, i):
+        "One step of images `i`, now at `x`: those that have not crossed a boundary yet, and where they are then"
+        logits, f, grad_f = state.logit_differences(x, i, rivals)
+        active = ~state.is_beyond(logits, i)
+        x, i = x[active], i[active]
+        if not len(i): return x, i
+        gap = (f.abs()+2*rounding_tolerance(logits)[:,None])[active]
+        low, high = (bound-state.x[i] for bound in state.bounds)
+        moved = delta[i] + _step(state, x, delta[i], gap, grad_f[active], p, step)
+        delta[i] = moved.clamp(low, high)
+        found[i] = state.clip(state.x[i] + (1+overshoot)*moved)
+        return found[i], i
+    found, x, i = state.x.clone(), state.x, state.all
+    size = min(rivals or state.n_classes, state.n_classes-1)*state.x[0].numel()
+    most = len(i) if state.start.gradient is not None else max(1, LARGEST_JACOBIAN//size)
+    for _ in range(steps):
+        parts = [(x, i)] if len(i)<=most else zip(x.split(most), i.split(most))
+        x, i = map(torch.cat, zip(*[advance(*part) for part in parts]))
         if not len(i): break
-        i = torch.cat([advance(part) for part in i.split(most)])
-    return x
+    return found
 
-def _run_deepfool(name, model, x, y, given, kwargs):
-    p, candidates = given['p'], given['candidates']
+def _make(*, p, steps, overshoot, step, candidates):
     require(isinstance(p, Real) and p>1, f"p must be a number above 1 (inf included), found {p!r}")
-    check_counts(steps=given['steps'])
-    check_range(0, math.inf, overshoot=given['overshoot'])
-    check_positive(step=given['step'])
-    check_range(0, 1, step=given['step'])
+    check_counts(steps=steps)
+    check_range(0, math.inf, overshoot=overshoot)
+    check_positive(step=step)
+    check_range(0, 1, step=step)
     if candidates is not None:
         check_counts(candidates=candidates)
         require(candidates>1, f"candidates must be at least 2, since the label is one of them, found {candidates}")
-    return run(lambda problem: _deepfool(problem, **given), model, x, y, settings=dict(attack=name, **given), look=with_jacobian, **kwargs)
+    return partial(_deepfool, p=p, steps=steps, overshoot=overshoot, step=step, candidates=candidates)
 
 # %% ../../nbs/05_deepfool.ipynb #05-013
-@delegates(run, but=['minimum_norm','look'])
+@attack(first='jacobian')
 def deepfool(
-    model:nn.Module, # Images `[B,...]` to logits `[B,C]`
-    x:Tensor, # Images `[N,...]` within `bounds`
-    y:Tensor|None=None, # Labels `[N]`; default: the model's predictions
     *,
     p:float=2, # Norm to keep small, in (1, inf]
     steps:int=50, # Largest number of steps, 1 or more
     overshoot:float=.02, # Share added to the sum of the steps, 0 or more
-    step:float=1., # Share of each linear estimate that is walked, in (0, 1]
-    candidates:int|None=10, # Classes considered at every step, the label and the strongest others, 2 or more; None: all
-    **kwargs
-) -> AttackResult: # `x_adv` just beyond the boundary, or `x` where that failed
+    step:float=1., # Share of each linear estimate that is taken, in (0, 1]
+    candidates:int|None=10 # Classes considered at every step, the label and the strongest others, 2 or more; None: all
+):
     "DeepFool (Moosavi-Dezfooli, Fawzi and Frossard, 2016, algorithm 2)."
-    given = dict(p=p, steps=steps, overshoot=overshoot, step=step, candidates=candidates)
-    return _run_deepfool('deepfool', model, x, y, given, kwargs)
+    return _make(p=p, steps=steps, overshoot=overshoot, step=step, candidates=candidates)
 
-@delegates(run, but=['minimum_norm','look'])
+@attack(first='jacobian')
 def truncated_deepfool(
-    model:nn.Module, # Images `[B,...]` to logits `[B,C]`
-    x:Tensor, # Images `[N,...]` within `bounds`
-    y:Tensor|None=None, # Labels `[N]`; default: the model's predictions
     *,
     p:float=2, # Norm to keep small, in (1, inf]
     steps:int=100, # Largest number of steps, 1 or more
     overshoot:float=.02, # Share added to the sum of the steps, 0 or more
-    step:float=.2, # Share of each linear estimate that is walked, in (0, 1]
-    candidates:int|None=10, # Classes considered at every step, the label and the strongest others, 2 or more; None: all
-    **kwargs
-) -> AttackResult: # `x_adv` just beyond the boundary, or `x` where that failed
+    step:float=.2, # Share of each linear estimate that is taken, in (0, 1]
+    candidates:int|None=10 # Classes considered at every step, the label and the strongest others, 2 or more; None: all
+):
     "DeepFool in small steps: every one is cut to a fraction of the linear estimate (the report, section III.3)."
-    given = dict(p=p, steps=steps, overshoot=overshoot, step=step, candidates=candidates)
-    return _run_deepfool('truncated_deepfool', model, x, y, given, kwargs)
+    return _make(p=p, steps=steps, overshoot=overshoot, step=step, candidates=candidates)

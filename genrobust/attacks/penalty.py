@@ -10,10 +10,9 @@ import math
 from collections.abc import Callable
 
 import torch
-from fastcore.meta import delegates
-from torch import Tensor, nn
+from torch import Tensor
 
-from .core import AttackResult, Nearest, Problem, check_counts, check_positive, check_range, resolution, run, with_jacobian
+from .core import AttackState, BestNorm, attack, check_counts, check_positive, check_range, rounding_tolerance
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-010
 class Adam:
@@ -30,16 +29,16 @@ class Adam:
         return (-(m/(1-a**t))/((v/(1-b**t)).sqrt() + torch.finfo(wide.dtype).tiny)).to(g.dtype)
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-016
-def _descend(problem, nearest, x, c, lr, steps, gradient, look):
+def _descend(state, nearest, x, c, lr, steps, gradient, look):
     "Minimise distance and penalty from `x`, in place; whether each image crossed on the way"
-    i, adam, crossed = problem.all, Adam(x), torch.zeros_like(c, dtype=torch.bool)
+    i, adam, crossed = state.all, Adam(x), torch.zeros_like(c, dtype=torch.bool)
     least, since = torch.full_like(c, torch.inf), torch.zeros_like(c)
-    def penalty(logits, i): return c[i]*problem.gap(logits, i, nearest.kappa).clamp_min(0)
+    def penalty(logits, i): return c[i]*state.margin_target(logits, i, state.kappa).clamp_min(0)
     for t in range(steps):
-        change = (x-problem.x).flatten(1)
+        change = (x-state.x).flatten(1)
         logits, g, index = gradient(penalty, x, i)
-        won = nearest.see(x[i], logits, i)
-        if t: crossed[i] |= won
+        beyond = nearest.update(x[i], logits, i)
+        if t: crossed[i] |= beyond
         cost = change[i].square().sum(1) + penalty(logits, i)
         fell = cost < .999*least[i]
         since[i], least[i] = torch.where(fell, 0, since[i]+1), torch.where(fell, cost, least[i])
@@ -48,13 +47,13 @@ def _descend(problem, nearest, x, c, lr, steps, gradient, look):
         if not len(i): break
         rate = lr[index[0]]*(1+math.cos(math.pi*t/steps))/2
         x.flatten(1)[index] += rate.view(len(i), 1)*adam.step(g[going]+2*change[index], *index)
-        x[i] = problem.clip(x[i])
-    if len(i): crossed[i] |= nearest.see(x[i], look(x[i], i), i)
+        x[i] = state.clip(x[i])
+    if len(i): crossed[i] |= nearest.update(x[i], look(x[i], i), i)
     return crossed
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-018
 def minimise(
-    problem:Problem, # `B` images of `D` pixels each
+    state:AttackState, # `B` images of `D` pixels each
     gradient:Callable, # `(f, x, i)`, of `b` of the images, to logits `[b,C]`, the gradient of `f(logits, i)` in `n` pixels at `x[i]` `[b,n]`, and the index of these pixels in `[B,D]`
     look:Callable, # `(x, i)`, images `[b,...]` and which they are `[b]`, to logits `[b,C]`
     start:tuple[Tensor,Tensor,Tensor], # Images to start from `[B,...]`, weights c `[B]` and learning rates in units of a pixel `[B]`
@@ -65,10 +64,10 @@ def minimise(
 ) -> Tensor: # The closest points found `[B,...]`, the images themselves where none was
     "Distance and penalty at their smallest, searched over c (Carlini and Wagner, 2017, section VI.A)."
     x, c, lr = start
-    nearest = Nearest(problem, kappa=kappa)
+    nearest = BestNorm(state, kappa=kappa)
     low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
     for _ in range(binary_search_steps):
-        crossed = _descend(problem, nearest, x, c, lr, steps, gradient, look)
+        crossed = _descend(state, nearest, x, c, lr, steps, gradient, look)
         low, high = torch.where(crossed, low, c), torch.where(crossed, c, high)
         c, lr = torch.where(high.isinf(), 10*c, (low+high)/2), torch.where(crossed, .7*lr, lr)
         found = nearest.norm.isfinite()
@@ -83,7 +82,7 @@ def check_penalty(c, lr, kappa, binary_search_steps) -> None:
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-020
 def linear_scale(
-    problem, # A `Problem`
+    state:AttackState,
     distance:Tensor, # Of the boundary, estimated `[B]`
     gap:Tensor, # Margin to be closed on the way `[B]`
     share:float, # Of that distance that the first step walks
@@ -91,54 +90,50 @@ def linear_scale(
     lr:float|None # Learning rate to use instead
 ) -> tuple[Tensor, Tensor]: # c `[B]`, learning rate `[B]`
     "Two and a half times the c at which a flat boundary is reached, and steps of a share of the way, which is held, for each pixel, between a ten-thousandth of the image's range and that range, or a tenth of the bounds' if that is less."
-    n, width, flat = problem.x[0].numel(), problem.bounds[1]-problem.bounds[0], problem.x.flatten(1)
+    n, width, flat = state.x[0].numel(), state.bounds[1]-state.bounds[0], state.x.flatten(1)
     scale = flat.amax(1)-flat.amin(1)
     scale = torch.where(scale>0, scale, width)  # bounds may be much wider than the data
     rate = (distance/math.sqrt(n)).maximum(1e-4*scale).minimum(scale.clamp_max(.1*width))
     estimates = 5*n*rate**2/gap.abs().clamp_min(torch.finfo(gap.dtype).eps), share*rate
     return tuple(estimate if given is None else torch.full_like(estimate, given) for estimate, given in zip(estimates, (c, lr)))
 
-def _flat_step(problem, gap, w):
+def _flat_step(state, gap, w):
     "The smallest step in the box that closes `gap` at slope `w` `[B,D]`, and its length: Newton's method in its multiplier, exact after finitely many steps"
-    x, (low, high), multiplier = problem.x.flatten(1), problem.bounds, torch.zeros_like(gap)
+    x, (low, high), multiplier = state.x.flatten(1), state.bounds, torch.zeros_like(gap)
     for _ in range(20):
         z = x + multiplier[:,None]*w
         free = torch.where(w>0, z<high, z>low)
-        multiplier = multiplier + (gap - (w*(problem.clip(z)-x)).sum(1))/(w.square()*free).sum(1)
-    step = problem.clip(x + multiplier[:,None]*w) - x
+        multiplier = multiplier + (gap - (w*(state.clip(z)-x)).sum(1))/(w.square()*free).sum(1)
+    step = state.clip(x + multiplier[:,None]*w) - x
     reached = multiplier.isfinite()
-    return torch.where(reached[:,None], step, 0).view_as(problem.x), torch.where(reached, step.norm(dim=1), torch.inf)
+    return torch.where(reached[:,None], step, 0).view_as(state.x), torch.where(reached, step.norm(dim=1), torch.inf)
 
-def _start(problem, kappa, c, lr):
+def _start(state, kappa, c, lr):
     "On the nearest boundary to one of the nine strongest rivals, or to the target, were boundaries flat"
-    logits, ahead, w = problem.differences(problem.x, problem.all, problem.seen, most=9)
-    gaps, w = (kappa + 2*resolution(logits)[:,None] - ahead).to(w.dtype), w.flatten(2)
-    distance, nearest = torch.stack([_flat_step(problem, *rival)[1] for rival in zip(gaps.unbind(1), w.unbind(1))]).min(0)
-    gap = gaps[problem.all,nearest]
-    step, _ = _flat_step(problem, gap, w[problem.all,nearest])
-    return problem.clip(problem.x+step), *linear_scale(problem, distance, gap, .5, c, lr)
+    logits, ahead, w = state.logit_differences(state.x, state.all, most=9)
+    gaps, w = (kappa + 2*rounding_tolerance(logits)[:,None] - ahead).to(w.dtype), w.flatten(2)
+    distance, nearest = torch.stack([_flat_step(state, *rival)[1] for rival in zip(gaps.unbind(1), w.unbind(1))]).min(0)
+    gap = gaps[state.all,nearest]
+    step, _ = _flat_step(state, gap, w[state.all,nearest])
+    return state.clip(state.x+step), *linear_scale(state, distance, gap, .5, c, lr)
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-021
-@delegates(run, but=['minimum_norm','look'])
+@attack(first='jacobian')
 def carlini_wagner(
-    model:nn.Module, # Images `[B,...]` to logits `[B,C]`
-    x:Tensor, # Images `[N,...]` within `bounds`
-    y:Tensor|None=None, # Labels `[N]`; default: the model's predictions
     *,
     kappa:float=0., # Margin to reach beyond the boundary, in units of a logit, 0 or more
     c:float|None=None, # First weight of the penalty, in squared pixels a unit of a logit, above 0; default: for each image from a linear estimate
     binary_search_steps:int=5, # Values of c that are tried, 1 or more
     steps:int=100, # Largest number of gradient steps for each c, 1 or more
-    lr:float|None=None, # First learning rate, in units of a pixel, above 0; default: for each image from the linear estimate
-    **kwargs
-) -> AttackResult: # `x_adv` the closest point found, `kappa` beyond the boundary, or `x` where none was
+    lr:float|None=None # First learning rate, in units of a pixel, above 0; default: for each image from the linear estimate
+):
     "The L2 attack of Carlini and Wagner (2017, section VI.A), with its sixth objective."
-    search = dict(kappa=kappa, c=c, binary_search_steps=binary_search_steps, lr=lr)
-    check_penalty(**search)
+    check_penalty(c, lr, kappa, binary_search_steps)
     check_counts(steps=steps)
-    def solve(problem):
+    def solve(state):
         def gradient(f, x, i):
-            logits, g = problem.gradient(f, x[i], i)
+            logits, g = state.gradient(f, x[i], i)
             return logits, g.flatten(1), (i,)
-        return minimise(problem, gradient, problem.logits, _start(problem, kappa, c, lr), kappa=kappa, binary_search_steps=binary_search_steps, steps=steps)
-    return run(solve, model, x, y, settings=dict(attack='carlini_wagner', steps=steps, **search), look=with_jacobian, **kwargs)
+        start = _start(state, kappa, c, lr)
+        return minimise(state, gradient, state.logits, start, kappa=kappa, binary_search_steps=binary_search_steps, steps=steps)
+    return solve
