@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['FACTORISATIONS', 'LOG_NORMALISER', 'Factorisation', 'Joined', 'Halve', 'Double', 'Grow', 'Trunk', 'Head', 'MLP',
-           'Painter', 'pick_device', 'check_seed', 'seeded', 'NoDensityError', 'Classifier', 'CNN', 'BayesClassifier',
-           'OnNoise', 'Fresh', 'build', 'save_model', 'pretrained_names', 'load_pretrained', 'in_parts', 'predict',
-           'accuracy', 'digest', 'write_whole', 'save_tensors', 'load_tensors']
+           'Painter', 'pick_device', 'NoDensityError', 'Classifier', 'CNN', 'BayesClassifier', 'OnNoise', 'Fresh',
+           'build', 'save_model', 'pretrained_names', 'load_pretrained', 'in_parts', 'predict', 'accuracy', 'digest',
+           'write_whole', 'save_tensors', 'load_tensors', 'seeded']
 
 # %% ../nbs/01_models.ipynb #01-005
 import math
-from contextlib import contextmanager
 from importlib.resources import files
 from itertools import chain
 from numbers import Integral, Real
@@ -23,6 +22,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .files import digest, load_tensors, save_tensors, write_whole
+from .numerics import check_seed, no_tf32, seeded
 
 # %% ../nbs/01_models.ipynb #01-008
 class Factorisation(NamedTuple):
@@ -120,26 +120,6 @@ def pick_device(
         torch.zeros(1, device=device).item()
         return torch.device(device)
     except (RuntimeError, AssertionError) as e: raise ValueError(f"device {str(device)!r} cannot be used here ({str(e).splitlines()[0]})") from e
-
-def check_seed(
-    seed:int, # A whole number
-    low:int=0, # Its least value
-    high:int=2**63-1 # Its greatest value
-) -> int: # The same, as Python's own type
-    "A `ValueError` unless torch can take a seed."
-    if not isinstance(seed, Integral) or not low<=seed<=high:
-        raise ValueError(f"seed must be a whole number from {low} to {high}, found {seed!r}")
-    return int(seed)
-
-@contextmanager
-def seeded(
-    seed:int # Of all of them, a whole number of 63 bits
-):
-    "Torch's random numbers begin at `seed`, on all devices, and go on afterwards as if nothing had been."
-    seed = check_seed(seed)
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_available() else None):
-        torch.manual_seed(seed)
-        yield
 
 class NoDensityError(ValueError):
     "A density was asked of a model that has none"
@@ -428,7 +408,7 @@ def fresh(self:BayesClassifier) -> nn.Module:
     return Fresh(self)
 
 # %% ../nbs/01_models.ipynb #01-039
-_all_ = ['digest', 'write_whole', 'save_tensors', 'load_tensors']  # of genrobust.files
+_all_ = ['digest', 'write_whole', 'save_tensors', 'load_tensors', 'seeded']  # of genrobust.files and genrobust.numerics
 
 def build(
     name:str, # 'cnn', or a factorisation such as 'gfz'
@@ -494,9 +474,9 @@ def predict(
     x:Tensor, # `[N,1,28,28]`, on any device
     batch_size:int=100 # Images at a time
 ) -> Tensor: # Logits `[N,C]`, on the device of `x`
-    "Logits of many images, in batches."
-    device = next(chain(model.parameters(), model.buffers(), [x])).device
-    return torch.cat([model(part.to(device)).to(x.device) for part in in_parts(model, x, batch_size)])
+    "Logits of many images, in batches, in full float32; the model gets copies, which it may change."
+    device, parts = next(chain(model.parameters(), model.buffers(), [x])).device, in_parts(model, x, batch_size)
+    with no_tf32(): return torch.cat([model(part.to(device, copy=True)).to(x.device) for part in parts])
 
 def accuracy(
     model:nn.Module, # Images to logits

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from .data import Images, check_images
 from .files import beside, load_tensors, save_tensors, writable, write_whole
-from .models import Classifier, accuracy, check_seed, pick_device, seeded
+from .models import Classifier, accuracy, pick_device
+from .numerics import check_seed, seeded
 
 # %% ../nbs/02_training.ipynb #02-009
 def _move(average, weights, n):

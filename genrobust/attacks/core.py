@@ -32,7 +32,7 @@ from torch.utils import checkpoint as checkpoints
 from tqdm import tqdm
 
 from ..files import load_tensors, save_tensors
-from ..numerics import derive_seed, no_tf32, seeded
+from ..numerics import check_seed, derive_seed, no_tf32, seeded
 
 # %% ../../nbs/03_attacks.ipynb #03-008
 def _others(logits, y): return logits.scatter(1, y[:,None], -torch.inf)
@@ -621,8 +621,7 @@ def run(
     y = None if y is None else as_labels(y, len(x), x.device, 'y')
     target = None if target is None else as_labels(target, len(x), x.device, 'target')
     if y is not None and target is not None: _check_targets(target, y, torch.arange(len(x)))
-    require(isinstance(seed, Integral) and -2**63<=seed<2**63, f"seed must be a whole number of 63 bits, found {seed!r}")
-    seed = int(seed)
+    seed = check_seed(seed, low=-2**63)
     settings = {k: v.item() if hasattr(v, 'item') else v for k,v in dict(settings, bounds=list(bounds), seed=seed).items()}
     batches, parts, undefined, device = torch.arange(len(x)).split(batch_size or 256), [], [], _device(model, x)
     with differentiable(), seeded(derive_seed('model', seed), device), _statistics_kept(model):
