@@ -438,9 +438,13 @@ def _parser():
     return parser
 
 # %% ../nbs/12_cli.ipynb #12-020c
-def _out_of_memory(e):
-    "Whether an error says so: on a CPU, PyTorch has no class of its own for it"
-    return isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) or 'allocate memory' in str(e)
+def _exceeded(e):
+    "What to say of an error where memory or the range of numbers was exceeded; None for an error of the program"
+    text = str(e)
+    if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) or 'allocate memory' in text:
+        return f'out of memory ({text}): take a smaller batch, or fewer images'
+    if 'overflow' in text or 'cannot be represented' in text:
+        return f'a number is too large ({text}): give a smaller one'
 
 def main(
     argv:list[str]|None=None # Default: the command line
@@ -457,10 +461,11 @@ def main(
         status = 141  # as of a command that SIGPIPE ends
     except (ValueError, OSError) as e:
         status, what = 2, f'error: {e}'
-    except (MemoryError, RuntimeError) as e:
-        if not _out_of_memory(e):
+    except (MemoryError, RuntimeError) as e:  # PyTorch's are RuntimeErrors
+        exceeded = _exceeded(e)
+        if exceeded is None:
             raise
-        status, what = 2, f'error: out of memory ({e}): take a smaller batch, or fewer images'
+        status, what = 2, f'error: {exceeded}'
     except KeyboardInterrupt:
         status, what = 130, 'interrupted'
     finally:
