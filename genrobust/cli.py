@@ -100,8 +100,9 @@ def _check_out(file, read=os.stat):
     longest = max(len(os.fsencode(name)) for name in file.parts)
     if longest>255:
         raise ValueError(f"cannot write {file}: a name in it has {longest} bytes; 255 are the most that file systems take")
-    if file.is_dir():
-        raise ValueError(f"cannot write {file}: it is a folder")
+    if file.exists() and not file.is_file():
+        kind = 'a folder' if file.is_dir() else 'something else already, and no plain file'
+        raise ValueError(f"cannot write {file}: it is {kind}; name another")
     if file.exists():
         try:
             read(file)
