@@ -47,7 +47,7 @@ def _share(fpr, n=math.inf):
     exact = Fraction(float(fpr))
     simple = exact.limit_denominator(10**9)
     share = simple if 0<simple<1 else exact
-    require(n*share>=1, f"a false-positive rate of {float(fpr):g} needs at least "
+    require(n*share>=1, f"a false-positive rate (fpr) of {float(fpr):g} needs at least "
                         f"{math.ceil(1/share)} clean images, found {n}")
     return share
 
