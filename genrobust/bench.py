@@ -16,18 +16,16 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from .attacks.core import jacobian, require
+from .attacks.core import check_counts, check_range, jacobian, require
 from .attacks.boundary import deepfool
 from .attacks.gradient import apgd, fgsm, pgd
 from .attacks.penalty import carlini_wagner
 from .attacks.query import zoo
-from .data import Images, load_or_synthetic
+from .data import N_VALID, Images, load_or_synthetic
 from .models import Double, Grow, Halve, build, load_pretrained, pick_device, predict, write_whole
 from .results import writable
 from .training import _epoch, _movers
@@ -37,6 +35,7 @@ def count_flops(
     work:Callable # Without arguments
 ) -> int: # Floating-point operations of its matrix products and convolutions
     "Counted by PyTorch's `FlopCounterMode`; a multiplication and an addition are two."
+    from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter: work()
     return counter.get_total_flops()
 
@@ -95,8 +94,9 @@ def measure_limits(
     device=None, # Default: `pick_device()`
     n:int|None=None, # Images at once; default: 64, and 512 on a GPU
     batches:int=30 # Of 100 images, in an epoch
-) -> pd.DataFrame: # A row for each model and kind of work
+) -> 'pd.DataFrame': # A row for each model and kind of work
     "Operations counted, seconds taken and the share of the machine's rate, for a forward pass, a Jacobian and an epoch."
+    import pandas as pd
     device, rows = pick_device(device), []
     n, rates = n or (64 if device.type=='cpu' else 512), product_rates(device)
     for name in models:
@@ -246,6 +246,7 @@ CONTESTS = {
 def _correct(model, images, n):
     "The first `n` images that the model gets right"
     where = (predict(model, images.x[:2*n+20]).argmax(1)==images.y[:2*n+20]).nonzero().squeeze(1)[:n]
+    require(len(where)>0, f"the model gets none of the first {len(images.x[:2*n+20])} images right: nothing to attack")
     return images.x[where], images.y[where]
 
 def _judge(model, x, y, found, norm):
@@ -274,8 +275,9 @@ def compete(
     rounds:int|None=None, # Turns of every library; default: as many as the contest has
     n:int|None=None, # Images, if not as many as the contest has
     device=None # Default: `pick_device()`
-) -> pd.DataFrame: # A row for each turn: `seconds`, `success`, `norm`, passes an image; `error` where a library failed
+) -> 'pd.DataFrame': # A row for each turn: `seconds`, `success`, `norm`, passes an image; `error` where another library failed
     "Let libraries take turns at one job; a `ValueError` for an unknown one."
+    import pandas as pd
     require(name in CONTESTS, f"no contest {name!r}; there are {', '.join(CONTESTS)}")
     contest, versions, rows = CONTESTS[name], {**installed(), 'full_batches': torch.__version__, 'to_the_end': version('genrobust')}, []
     model = load_pretrained(contest.model, device).fixed(0)
@@ -285,8 +287,12 @@ def compete(
     for round in range(rounds or contest.rounds):
         for label, enter in entries.items():
             torch.manual_seed(round)
-            try: row = enter(model, x, y, contest.norm)
-            except Exception as e: row = dict(error=f'{type(e).__name__}: {e}'.splitlines()[0])
+            try:
+                row = enter(model, x, y, contest.norm)
+            except Exception as e:
+                if label=='genrobust':
+                    raise
+                row = dict(error=f'{type(e).__name__}: {e}'.splitlines()[0])
             rows.append(dict(contest=name, library=label, version=versions.get(label, version('genrobust')), round=round, images=len(y), **row))
     return pd.DataFrame(rows)
 
@@ -300,15 +306,18 @@ def bench(
     contests:str='all', # Names, with commas between, or 'all'
     out:str='results/bench', # Folder to write to
     rounds:int|None=None, # Turns of every library, 1 or more; default: as many as a contest has
-    images:int|None=None, # Images in every contest, if not as many as it has
+    images:int|None=None, # Images in every contest, 1 to 10,000, if not as many as it has
     root:str|None=None, # Folder that holds data sets
     device:str|None=None, # Default: `pick_device()`
     say:Callable=print # Told what goes on
 ) -> Path: # The folder
     "Run contests against other libraries on validation images; one CSV file for each, written whole or not at all."
-    names = list(CONTESTS) if contests=='all' else contests.split(',')
+    names = list(CONTESTS) if contests=='all' else list(dict.fromkeys(contests.split(',')))
     for name in names: require(name in CONTESTS, f"no contest {name!r}; there are {', '.join(CONTESTS)}")
-    require(all(n is None or n>=1 for n in (rounds, images)), f"expected at least one round and one image, found {rounds} and {images}")
+    given = {k: n for k,n in dict(rounds=rounds, images=images).items() if n is not None}
+    check_counts(**given)
+    check_range(1, N_VALID, images=given.get('images', 1))
+    pick_device(device)
     folder, (data, splits) = writable(out), load_or_synthetic(root, say)
     for module, found in installed().items():
         if found is None: say(f"{module} is left out: it is not installed (pip install {LIBRARIES[module]})")
@@ -316,12 +325,15 @@ def bench(
         frame = compete(name, splits.valid, rounds, images, device).assign(data=data)
         write_whole(folder/f'contest-{name}.csv', frame.to_csv(index=False, float_format='%.5g'))
         write_whole(folder/'machine.json', json.dumps(machine(device), indent=1)+'\n')
-        say(f'{name}\n{standings(frame).to_string(index=False)}\n')
+        say(f'{name}, {frame.images[0]} images\n{standings(frame).to_string(index=False)}\n')
+        failed = frame.dropna(subset='error') if 'error' in frame else frame[:0]
+        for library, rows in failed.groupby('library', sort=False):
+            say(f'{library} failed in {len(rows)} turns: {rows.error.iloc[0]}')
     return folder
 
 def standings(
-    frame:pd.DataFrame # Rows of `compete`
-) -> pd.DataFrame: # A row for each library: medians over rounds, and ratios to ours
+    frame:'pd.DataFrame' # Rows of `compete`
+) -> 'pd.DataFrame': # A row for each library: medians over rounds, and ratios to ours
     "Who took how long, beside what came of it. `predicted` is the ratio of passes, forwards and backwards together."
     keys = ['seconds', 'success', 'norm', 'forwards', 'backwards']
     table = frame.groupby(['contest','library'], sort=False)[keys].median().reset_index()

@@ -4,24 +4,21 @@
 
 # %% auto #0
 __all__ = ['REJECTED', 'DETECTORS', 'Detector', 'LogitDetector', 'MarginalDetector', 'KLDetector', 'fit_detectors',
-           'detectors_from_logits', 'ROC', 'roc', 'score_images', 'scores_from_logits', 'detect', 'detected',
-           'let_through']
+           'detectors_from_logits', 'ROC', 'roc', 'score_images', 'scores_from_logits', 'check_detect', 'detect',
+           'detected', 'let_through']
 
 # %% ../nbs/08_detection.ipynb #08-005
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Real
+from fractions import Fraction
+from numbers import Integral, Real
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from scipy.stats import binomtest, bootstrap
-from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from .attacks.core import AttackResult, check_counts, require
@@ -42,11 +39,22 @@ def _need_density(model):
     if not hasattr(model, '_need_density'): raise NoDensityError(f"{type(model).__name__} offers no density of images; the KL detector needs none")
     model._need_density()
 
-def _check_fpr(fpr, n=math.inf):
-    require(isinstance(fpr, Real) and 0<fpr<1, f"fpr must be a number between 0 and 1, both excluded, found {fpr!r}")
-    require(n*fpr>=1, f"a false-positive rate of {fpr:g} needs at least {math.ceil(1/fpr)} clean images, found {n}")
+def _share(fpr, n=math.inf):
+    """A false-positive rate as the fraction that is meant, .05 being 1/20, so that no product with it is rounded;
+    a `ValueError` if it is none, or if `n` clean images are too few for it"""
+    require(isinstance(fpr, Real) and 0<fpr<1,
+            f"fpr must be a number between 0 and 1, both excluded, found {fpr!r}")
+    exact = Fraction(float(fpr))
+    simple = exact.limit_denominator(10**9)
+    share = simple if 0<simple<1 else exact
+    require(n*share>=1, f"a false-positive rate (fpr) of {float(fpr):g} needs at least "
+                        f"{math.ceil(1/share)} clean images, found {n}")
+    return share
 
-def _threshold(scores, fpr): return scores.topk(int(fpr*(len(scores)+1))).values[-1].item()
+def _threshold(scores, fpr):
+    "The k-th largest of n scores, k = floor(fpr*(n+1))"
+    n = len(scores)
+    return scores.topk(math.floor(_share(fpr, n)*(n+1))).values[-1].item()
 
 class Detector:
     "Stands in front of a model and turns away what is unusual; a subclass says in what `value` of the logits and the label"
@@ -75,7 +83,7 @@ class Detector:
         return self
 
     def _choose(self, scores, fpr):
-        self.threshold, self.fpr = _threshold(scores, fpr), fpr
+        self.threshold, self.fpr = _threshold(scores, fpr), float(fpr)
         return self
 
     def fit(self,
@@ -91,7 +99,7 @@ class Detector:
         batch_size:int=100 # Images at a time
     ) -> 'Detector': # Itself
         "Choose the threshold, by split conformal prediction."
-        _check_fpr(fpr, len(valid.x))
+        _share(fpr, len(valid.x))
         return self._choose(self.score(valid.x, batch_size), fpr)
 
     def _usual(self, label):
@@ -188,7 +196,7 @@ def fit_detectors(
     batch_size:int=100 # Images at a time
 ) -> dict: # Name: `Detector`; without a density there is KL alone
     "Every detector that a model can have, fitted and calibrated."
-    _check_fpr(fpr, len(valid.x))
+    _share(fpr, len(valid.x))
     learnt, chosen = (_ask(model, images.x, batch_size) for images in (train, valid))
     return detectors_from_logits(model, learnt, train.y, chosen, fpr)
 
@@ -200,7 +208,7 @@ def detectors_from_logits(
     fpr:float=.05 # Share of new clean images that may be rejected, in (0, 1)
 ) -> dict: # As by `fit_detectors`
     "The same, from answers that the model has given already."
-    _check_fpr(fpr, len(chosen))
+    _share(fpr, len(chosen))
     found = {}
     for name, kind in DETECTORS.items():
         with suppress(NoDensityError): found[name] = kind(model)
@@ -212,6 +220,26 @@ def _fingerprint(model):
     "A hash of what a model's scores depend on: weights, noise if it is fixed, numbers of samples and of draws"
     numbers = torch.tensor([getattr(getattr(model, 'clf', model), 'n_samples', 0), getattr(model, 'draws', 1)])
     return digest({**model.state_dict(), **dict(model.named_buffers()), 'numbers': numbers})
+
+def _are_statistics(kind, found):
+    "Whether tensors from a file are what a detector of this kind learns"
+    names = {'mean', 'std', 'usual'} if kind is KLDetector else {'mean', 'std'}
+    if found.keys()!=names or not all(v.is_floating_point() and v.isfinite().all()
+                                      for v in found.values()):
+        return False
+    groups = found['mean'].numel()
+    shapes = dict(mean=(groups,), std=(groups,), usual=(groups, groups))
+    return (all(v.shape==shapes[name] for name,v in found.items())
+            and groups>0 and (kind is not MarginalDetector or groups==1)
+            and bool((found['std']>0).all())
+            and ('usual' not in found or bool((found['usual']>=0).all())))
+
+def _is_choice(threshold, fpr):
+    "Whether two values from a file are a threshold and its false-positive rate, or None before `calibrate`"
+    if threshold is None or fpr is None:
+        return threshold is fpr
+    return (all(type(v) in (int, float) and math.isfinite(v) for v in (threshold, fpr))
+            and 0<fpr<1)
 
 @patch
 def save(self:Detector,
@@ -228,11 +256,14 @@ def load(cls:Detector,
 ) -> Detector: # Of the kind that was saved
     "Read what `save` wrote; a `ValueError` if it is not such a file, or belongs to another model."
     statistics, metadata = load_tensors(path)
-    kind = DETECTORS.get(metadata.get('detector'))
+    kind = DETECTORS.get(str(metadata.get('detector')))
     require(kind is not None and issubclass(kind, cls), f"{path} does not hold a {cls.__name__}")
-    require(metadata['model']==_fingerprint(model), f"{path} was fitted on another model than this {getattr(model, 'name', type(model).__name__)}: fit and calibrate a detector for it")
+    threshold, fpr = metadata.get('threshold'), metadata.get('fpr')
+    require(_are_statistics(kind, statistics) and _is_choice(threshold, fpr),
+            f"{path} does not hold the numbers of a {kind.__name__}: fit, calibrate and save it again")
+    require(metadata.get('model')==_fingerprint(model), f"{path} was fitted on another model than this {getattr(model, 'name', type(model).__name__)}: fit and calibrate a detector for it")
     detector = kind(model)
-    detector.statistics, detector.threshold, detector.fpr = statistics, metadata['threshold'], metadata['fpr']
+    detector.statistics, detector.threshold, detector.fpr = statistics, threshold, fpr
     return detector
 
 # %% ../nbs/08_detection.ipynb #08-031
@@ -242,11 +273,16 @@ def _area(adversarial, clean, axis=-1):
     below = sum(torch.searchsorted(clean, adversarial, right=right) for right in (False, True))
     return below.double().mean(-1).numpy()/(2*clean.shape[-1])
 
+def _curve(clean, adversarial):
+    "Numbers of clean and of adversarial images that score at least as high as each cut; the cuts, the highest first"
+    cuts = np.unique(np.concatenate([clean, adversarial]))[::-1]
+    above = [len(scores)-np.searchsorted(np.sort(scores), cuts) for scores in (clean, adversarial)]
+    return *[np.append(0, n) for n in above], np.append(np.inf, cuts)
+
 def _caught_at(fpr, clean, adversarial):
     "Share of adversarial images caught where the curve passes these false-positive rates"
-    cuts = np.append(np.inf, np.unique(np.concatenate([clean, adversarial]))[::-1])
-    x, y = ((len(scores)-np.searchsorted(np.sort(scores), cuts))/len(scores) for scores in (clean, adversarial))
-    return np.interp(fpr, x, y)
+    x, y, _ = _curve(clean, adversarial)
+    return np.interp(fpr, x/len(clean), y/len(adversarial))
 
 @dataclass(repr=False)
 class ROC:
@@ -262,20 +298,20 @@ class ROC:
     @property
     def rate_interval(self) -> tuple:
         "95 % interval of `rate` for this threshold (Wilson, 1927)."
+        from scipy.stats import binomtest
         return tuple(binomtest(int((self.adversarial>self.threshold).sum()), len(self.adversarial)).proportion_ci(method='wilson'))
     @property
     def false_positives(self) -> float:
         "Share of clean images above the threshold."
         return (self.clean>self.threshold).mean()
     @property
-    def _labelled(self): return np.repeat([1, 0], [len(self.adversarial), len(self.clean)]), np.concatenate([self.adversarial, self.clean])
-    @property
     def area(self) -> float:
         "Area below the curve."
-        return roc_auc_score(*self._labelled)
+        return float(_area(self.adversarial, self.clean))
     @property
     def area_interval(self) -> tuple:
         "95 % interval of `area`, by bootstrap over clean and over adversarial images; nan for fewer than two of either."
+        from scipy.stats import bootstrap
         if min(len(self.adversarial), len(self.clean))<2: return math.nan, math.nan
         return tuple(bootstrap((self.adversarial, self.clean), _area, vectorized=True, n_resamples=1000, method='percentile', rng=0).confidence_interval)
     def band(self,
@@ -285,10 +321,15 @@ class ROC:
         rng = np.random.default_rng(0)
         drawn = [_caught_at(fpr, *(rng.choice(scores, len(scores)) for scores in (self.clean, self.adversarial))) for _ in range(300)]
         return np.quantile(drawn, (.025, .975), axis=0)
-    def to_frame(self) -> pd.DataFrame:
-        "The curve: `fpr`, `tpr`, `threshold`, a row a corner."
-        return pd.DataFrame(dict(zip(('fpr','tpr','threshold'), roc_curve(*self._labelled))))
-    def plot(self, ax:plt.Axes, band:bool=False, **style) -> None:
+    def to_frame(self) -> 'pd.DataFrame':
+        "The curve: `fpr`, `tpr`, `threshold`, a row a corner; a score as high as the threshold counts."
+        import pandas as pd
+        x, y, cuts = _curve(self.clean, self.adversarial)
+        corner = np.ones(len(cuts), bool)
+        corner[2:-1] = (np.diff(x[1:], 2)!=0) | (np.diff(y[1:], 2)!=0)
+        curve = dict(fpr=x/len(self.clean), tpr=y/len(self.adversarial), threshold=cuts)
+        return pd.DataFrame(curve)[corner].reset_index(drop=True)
+    def plot(self, ax:'plt.Axes', band:bool=False, **style) -> None:
         "Draw the curve, and its `band` as a faint fill."
         curve, grid = self.to_frame(), np.linspace(0, 1, 201)
         line, = ax.plot(curve.fpr, curve.tpr, **style)
@@ -298,18 +339,21 @@ class ROC:
         return f"caught {self.rate:.1%} [{low:.1%}, {high:.1%}] of {len(self.adversarial)} adversarial images, at {self.false_positives:.1%} of {len(self.clean)} clean ones; area {self.area:.3f} [{least:.3f}, {most:.3f}]"
 
 def roc(
-    clean, # Scores of clean images: array, series or tensor `[N]`
+    clean, # Scores of clean images: array, series or tensor `[N]`; infinite ones count, NaN is an error
     adversarial, # Scores of adversarial images `[M]`
     threshold:float|None=None, # Of a calibrated detector; default: the lowest that rejects at most a share `fpr` of `clean`, which has then seen them
     fpr:float=.05 # In (0, 1)
 ) -> ROC:
     "How well scores tell adversarial from clean images."
-    _check_fpr(fpr)
+    share = _share(fpr)
     scores = [np.asarray(v, float) for v in (clean, adversarial)]
     for what, v in zip(('clean', 'adversarial'), scores):
         require(v.ndim==1 and len(v)>0, f"expected scores [N] of at least one {what} image, found {list(v.shape)}")
         require(not np.isnan(v).any(), f"the scores of {what} images hold NaN")
-    return ROC(*scores, np.quantile(scores[0], 1-fpr, method='inverted_cdf') if threshold is None else threshold)
+    if threshold is None:
+        n = len(scores[0])
+        threshold = np.sort(scores[0])[n-1-math.floor(share*n)]
+    return ROC(*scores, threshold)
 
 # %% ../nbs/08_detection.ipynb #08-035
 def score_images(
@@ -317,7 +361,7 @@ def score_images(
     x:Tensor, # `[N,1,28,28]`
     y:Tensor, # Labels `[N]`
     batch_size:int=100 # Images at a time
-) -> pd.DataFrame: # A row an image: `image`, `label`, `prediction`, `log_p` if there is a density, and a score for each detector
+) -> 'pd.DataFrame': # A row an image: `image`, `label`, `prediction`, `log_p` if there is a density, and a score for each detector
     "Classify images and score them with several detectors, all on the same draw of noise; `log_p` is log p(x,F(x)) in nats."
     return scores_from_logits(detectors, _ask(next(iter(detectors.values())).model, x, batch_size), y)
 
@@ -325,24 +369,39 @@ def scores_from_logits(
     detectors:dict, # Name: `Detector`, all of one model
     logits:Tensor, # Of that model `[N,C]`
     y:Tensor # Labels `[N]`
-) -> pd.DataFrame: # As by `score_images`
+) -> 'pd.DataFrame': # As by `score_images`
     "The same, from answers that the model has given already."
+    import pandas as pd
     density = dict(log_p=(logits.amax(1)+LOG_NORMALISER).cpu().numpy()) if 'logit' in detectors else {}
     scores = {name: detector.judge(logits).cpu().numpy() for name,detector in detectors.items()}
     return pd.DataFrame(dict(image=range(len(y)), label=y.cpu().numpy(), prediction=logits.argmax(1).cpu().numpy(), **density, **scores))
+
+def check_detect(
+    fpr:float, # All as for `detect`
+    n_train:int,
+    n_valid:int,
+    n_clean:int,
+    seed:int
+) -> None:
+    "Raise a `ValueError` for parameters of `detect` that make no sense, before there is anything to detect."
+    check_counts(n_train=n_train, n_valid=n_valid, n_clean=n_clean)
+    _share(fpr, n_valid)
+    require(isinstance(seed, Integral) and -2**63<=seed<2**63,
+            f"seed must be a whole number of 63 bits, found {seed!r}")
 
 def detect(
     model:nn.Module, # The model under attack
     results:dict, # Name: `AttackResult` on that model
     splits:Splits, # Detectors learn from its training images and are calibrated on its validation images
     fpr:float=.05, # Share of new clean images that may be rejected, in (0, 1)
-    n_train:int=2000, # Training images to learn from
-    n_valid:int=5000, # Validation images to choose the thresholds with
-    n_clean:int=2000, # Test images that are scored as they are
+    n_train:int=2000, # Training images to learn from, at most
+    n_valid:int=5000, # Validation images to choose the thresholds with, at most
+    n_clean:int=2000, # Test images that are scored as they are, at most
     seed:int=0 # Of the fresh noise
-) -> tuple[dict, pd.DataFrame]: # Detectors by name; the rows of `score_images`, with `attack` ('clean' where there is none), `success` and `initially_wrong`; `image` is -1 in a result that is not of the first test images, in order
+) -> 'tuple[dict, pd.DataFrame]': # Detectors by name; the rows of `score_images`, with `attack` ('clean' where there is none), `success` and `initially_wrong`; `image` is -1 in a result that is not of the first test images, in order
     "Put every detector that a model can have before clean images and attacked ones, with fresh noise for each."
-    check_counts(n_train=n_train, n_valid=n_valid, n_clean=n_clean)
+    import pandas as pd
+    check_detect(fpr, n_train, n_valid, n_clean, seed)
     train, valid, clean = (Images(*[v[:n] for v in part]) for part,n in zip(splits, (n_train, n_valid, n_clean)))
     with seeded(seed):
         found = fit_detectors(model, train, valid, fpr)
@@ -353,7 +412,7 @@ def detect(
 
 # %% ../nbs/08_detection.ipynb #08-039
 def detected(
-    frame:pd.DataFrame, # By `detect`
+    frame:'pd.DataFrame', # By `detect`
     attack:str, # One of the attacks in it
     detector:str, # 'logit', 'marginal' or 'kl'
     threshold:float, # Of the calibrated detector
@@ -378,11 +437,11 @@ def detected(
     return roc(clean[clean.image.isin(attacked.image)][detector] if threshold is None else clean[detector], counted[detector], threshold, fpr)
 
 def let_through(
-    frame:pd.DataFrame, # By `detect`
+    frame:'pd.DataFrame', # By `detect`
     attack:str, # One of the attacks in it
     detector:str, # 'logit', 'marginal' or 'kl'
     threshold:float # Of the calibrated detector
-) -> pd.Series: # Bool, one for each image that was classified correctly before the attack
+) -> 'pd.Series': # Bool, one for each image that was classified correctly before the attack
     "Which attacked images are taken for another class and not rejected: what an attacker gains."
     of = frame[(frame.attack==attack) & ~frame.initially_wrong]
     return (of.prediction!=of.label) & (of[detector]<=threshold)

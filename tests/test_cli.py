@@ -1,5 +1,5 @@
 "The command, as a user runs it."
-import inspect, os, signal, subprocess, sys, time
+import inspect, io, os, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pandas as pd
@@ -8,9 +8,9 @@ import torch
 from fastcore.docments import docments
 
 from genrobust import attacks, cli, data, results
-from genrobust.attacks import AttackResult
+from genrobust.attacks import AttackResult, random_noise
 from genrobust.data import Images
-from genrobust.models import CNN, BayesClassifier, load_tensors, save_model
+from genrobust.models import CNN, BayesClassifier, digest, load_tensors, save_model, save_tensors
 from genrobust.results import Preset, reproduce
 from genrobust.training import fit
 
@@ -179,6 +179,7 @@ def test_nothing_to_attack_is_no_error(small, drawn, capsys):
     with torch.no_grad(): list(wrong.parameters())[-1].copy_(1e4*torch.eye(10)[(drawn.test.y[0]+1)%10])
     assert small('deepfool', wrong, '--images', 1)[1].initially_wrong.all()
     assert 'attacked        0 of 1' in capsys.readouterr().out
+    assert cli._rate(pd.Series([], dtype=float))=='-'
 
 def test_an_interrupted_attack_writes_nothing(tmp_path):
     default = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
@@ -187,3 +188,232 @@ def test_an_interrupted_attack_writes_nothing(tmp_path):
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1]=='genrobust: interrupted\n' and process.returncode==130
     assert not list(tmp_path.iterdir())
+
+@pytest.fixture(scope='module')
+def trained(drawn):
+    "A small model that knows the drawn images"
+    clf = CNN(hidden=50)
+    train, valid = (Images(*[v[:n] for v in part]) for part, n in ((drawn.train, 1500), (drawn.valid, 100)))
+    fit(clf, train, valid, epochs=4, lr=3e-3, batch_size=50, device='cpu', progress=False)
+    return clf
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+def run(capsys, *args):
+    "Status, standard output and error of a command in this process"
+    status = cli.main([str(arg) for arg in args])
+    return status, *capsys.readouterr()
+
+def refused(capsys, message, *args):
+    "One line and status 2"
+    status, _, errors = run(capsys, *args)
+    assert status==2 and errors.startswith('genrobust: error: ') and errors.count('\n')==1, errors
+    assert message in errors
+
+def test_detect_knows_a_model_by_its_weights(here, drawn, trained, monkeypatch, capsys):
+    "Not by its path: however that is spelled, and whatever lies there now"
+    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
+    save_model(trained, 'm.safetensors')
+    (here/'other').mkdir()
+    shutil.copy('m.safetensors', 'other/copy.safetensors')
+    os.symlink('m.safetensors', 'link.safetensors')
+    common = ['--data', 'synthetic', '--device', 'cpu', '--no-progress']
+    attack = ['attack', 'random_noise', '--model', 'm.safetensors', '--eps', .5, '--images', 20, '--out', 'a.safetensors']
+    assert run(capsys, *attack, *common)[0]==0
+    result = AttackResult.load('a.safetensors')
+    assert result.settings['weights']==digest(cli.load_pretrained('m.safetensors', 'cpu').state_dict())
+    def command(model, result='a.safetensors'):
+        return ['detect', '--model', model, '--result', result, '--n-train', 500, '--n-valid', 100, '--n-clean', 50, *common]
+    for same in ('m.safetensors', './m.safetensors', here/'m.safetensors', 'other/copy.safetensors', 'link.safetensors'):
+        assert run(capsys, *command(same))[0]==0, same
+    del result.settings['weights']
+    result.save('old.safetensors')
+    assert run(capsys, *command('m.safetensors', 'old.safetensors'))[0]==0
+    refused(capsys, 'was made with --model', *command('./m.safetensors', 'old.safetensors'))
+    save_model(CNN(hidden=50, seed=1), 'm.safetensors')
+    refused(capsys, 'was made with --model m.safetensors', *command('m.safetensors'))
+    assert run(capsys, *command('other/copy.safetensors'))[0]==0
+
+class Read(Exception): "Data were asked for: all checks that come before have passed"
+
+@pytest.fixture
+def unread(monkeypatch):
+    "No data: whoever asks for them raises `Read`"
+    def load(*args): raise Read
+    monkeypatch.setattr(cli, 'load', load)
+
+@pytest.mark.parametrize('data', ['mnist', 'kmnist', 'fashion_mnist'])
+def test_weights_are_for_the_data_they_were_trained_on(data, here, unread, capsys):
+    for name, info in dict(mine=dict(data=data), unknown={}).items(): save_model(CNN(hidden=9), f'{name}.safetensors', **info)
+    random_noise(CNN(hidden=9).eval(), torch.zeros(2, 1, 28, 28), eps=1.).save('r.safetensors')
+    others = [name for name in ('mnist', 'kmnist', 'fashion_mnist') if name!=data]
+    for command in (['attack', 'fgsm', '--out', 'a.safetensors'], ['attack', 'zoo', '--out', 'a.safetensors']):
+        for other in others: refused(capsys, f'not for {other}', *command, '--model', 'mine.safetensors', '--data', other)
+        for model, name in (('mine', data), ('mine', 'synthetic'), ('unknown', data)):
+            with pytest.raises(Read): run(capsys, *command, '--model', f'{model}.safetensors', '--data', name)
+        refused(capsys, 'no data set', *command, '--model', 'mine.safetensors', '--data', 'imagenet')
+    if data!='fashion_mnist': refused(capsys, f'not for {data}', 'attack', 'pgd', '--model', 'gfz', '--data', data, '--out', 'a.safetensors')
+
+def something(kind, path):
+    "Put something at a path that no command may replace"
+    if kind=='text': path.write_text('mine')
+    elif kind=='nothing': path.touch()
+    elif kind=='detector': save_tensors(path, dict(mean=torch.zeros(1)), detector='kl')
+    elif kind=='model': save_model(CNN(hidden=9), path)
+    elif kind=='link to the model': path.symlink_to('m.safetensors')
+    elif kind=='link to the result': path.symlink_to('r.safetensors')
+    elif kind=='pipe': os.mkfifo(path)
+
+@pytest.mark.parametrize('kind', ['text', 'nothing', 'detector', 'model', 'link to the model', 'link to the result', 'pipe'])
+@pytest.mark.parametrize('command, out', [
+    (['train', 'cnn'], 'x.safetensors'), (['train', 'gfz', '--dropout', '.1'], 'x.safetensors'), (['attack', 'fgsm', '--model', 'm.safetensors'], 'x.safetensors'),
+    (['attack', 'deepfool', '--model', './m.safetensors', '--one-vs-all'], 'x.csv'), (['detect', '--model', 'm.safetensors', '--result', 'r.safetensors'], 'x.csv')])
+def test_what_stands_at_out_is_not_replaced_by_something_else(kind, command, out, here, unread, capsys):
+    if kind=='link to the result' and command[0]=='attack' and out=='x.safetensors': pytest.skip('an attack replaces results')
+    save_model(CNN(hidden=9), 'm.safetensors')
+    result = random_noise(CNN(hidden=9).eval(), torch.zeros(2, 1, 28, 28), eps=1.)
+    result.success[:] = True
+    result.save('r.safetensors')
+    something(kind, here/out)
+    def standing(): return {path.name: path.is_file() and path.read_bytes() for path in here.iterdir()}
+    before = standing()
+    given = [*command, '--data', 'synthetic', '--device', 'cpu', '--no-progress', '--out', 'x.csv' if command[0]=='detect' else 'x.safetensors']
+    refused(capsys, 'something else already', *given)
+    assert standing()==before
+    (here/out).unlink()
+    with pytest.raises(Read): run(capsys, *given)
+
+@pytest.mark.parametrize('command', [['train', 'cnn'], ['attack', 'fgsm', '--model', 'cnn']])
+def test_out_that_cannot_be_written_is_found_out_first(command, here, unread, capsys):
+    (here/'folder.safetensors').mkdir()
+    (here/'file').touch()
+    (here/'away.safetensors').symlink_to('/proc/none/a.safetensors')
+    for out, message in [('folder.safetensors', 'a folder'), ('file/x.safetensors', 'cannot write'), ('/proc/new/x.safetensors', 'cannot write'), ('away.safetensors', 'cannot write'),
+                         ('z'*244+'.safetensors', '256 bytes'), ('é'*122+'.safetensors', '256 bytes'), ('new/'+'z'*256+'/x.safetensors', '256 bytes'), ('x.txt', '.safetensors'), ('', '.safetensors')]:
+        refused(capsys, message, *command, '--data', 'synthetic', '--out', out)
+    assert len(list(here.iterdir()))==3
+
+@pytest.mark.parametrize('out', ['z'*243+'.safetensors', 'new/'+'é'*121+'.safetensors'])
+def test_a_name_of_255_bytes_is_written(out, here, drawn, monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
+    common = ['--data', 'synthetic', '--device', 'cpu', '--no-progress', '--images', 20]
+    assert run(capsys, 'train', 'cnn', '--epochs', 1, '--out', out, *common)[0]==0
+    shutil.move(out, 'm.safetensors')
+    assert run(capsys, 'attack', 'fgsm', '--model', 'm.safetensors', '--out', out, *common)[0]==0
+    assert {path.suffix for path in (here/out).parent.iterdir() if len(path.name)>100}=={'.safetensors', '.checkpoint', '.csv'}
+
+HUGE = str(10**30)
+@pytest.mark.parametrize('command', [['train', 'cnn'], ['train', 'dbx', 'cnn_at'], ['attack', 'fgsm', '--model', 'cnn', '--out', 'a.safetensors'], ['attack', 'zoo', '--model', 'cnn', '--out', 'a.safetensors', '--one-vs-all'],
+                                     ['detect', '--model', 'cnn', '--result', 'r.safetensors']], ids=' '.join)
+def test_numbers_that_make_no_sense_are_one_error_before_any_work(command, here, unread, capsys):
+    result = random_noise(CNN(hidden=9).eval(), torch.zeros(2, 1, 28, 28), eps=1.)
+    result.success[:] = True
+    result.save('r.safetensors')
+    options = dict(train=[('--seed', HUGE), ('--seed', 2**62), ('--seed', -1), ('--images', 0), ('--images', -1), ('--images', 10**9), ('--images', HUGE), ('--images', '1e3'), ('--epochs', 0), ('--epochs', HUGE), ('--batch-size', 0),
+                          ('--batch-size', HUGE), ('--lr', 'nan'), ('--lr', 'inf'), ('--lr', '1e999'), ('--lr', -1), ('--patience', 0), ('--dropout', 'nan'), ('--dropout', 1), ('--warmup', HUGE), ('--warmup', -1), ('--scarce', 10), ('--scarce', '9'*5000)],
+                   attack=[('--seed', HUGE), ('--seed', 2**63), ('--images', 0), ('--images', -1), ('--images', 10**9), ('--images', HUGE), ('--draws', -1), ('--draws', HUGE), ('--batch-size', 0), ('--batch-size', HUGE)],
+                   detect=[('--seed', HUGE), ('--seed', 2**63), ('--fpr', 'nan'), ('--fpr', 0), ('--fpr', 1), ('--fpr', 'inf'), ('--fpr', 1e-320), ('--n-train', 0), ('--n-train', HUGE), ('--n-valid', 19), ('--n-valid', -5), ('--n-clean', 0), ('--n-clean', HUGE)])
+    own = dict(fgsm=[('--eps', 'nan'), ('--eps', 'inf'), ('--eps', -1), ('--target', 10), ('--target', -1), ('--target', HUGE)], zoo=[('--lr', 'nan'), ('--max-queries', 0), ('--max-queries', HUGE), ('--c', 'nan'), ('--target', 1)])
+    for option, value in options[command[0]] + own.get(command[1], []):
+        refused(capsys, option.strip('-').split('-')[-1], *command, '--data', 'synthetic', f'{option}={value}')
+    assert [path.name for path in here.iterdir()]==['r.safetensors']
+    with pytest.raises(Read): run(capsys, *command, '--data', 'synthetic', '--seed', 2**46)
+
+def test_names_that_no_encoding_holds(here, drawn, trained, monkeypatch):
+    "Bytes that are not UTF-8, newlines, bars and letters that ASCII lacks: files are written, and told on one line each"
+    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
+    folder = os.fsdecode(b'b\xffd|\n\xc3\xa9')
+    common = ['--data', 'synthetic', '--device', 'cpu', '--no-progress']
+    for encoding in ('ascii', 'utf-8', 'latin-1'):
+        said = io.BytesIO()
+        monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(said, encoding=encoding))
+        assert cli.main(['train', 'cnn', '--images', '20', '--epochs', '1', '--out', f'{folder}/cnn.safetensors', *common])==0
+        save_model(trained, f'{folder}/m.safetensors')
+        assert cli.main(['attack', 'random_noise', '--eps', '.5', '--images', '20', '--model', f'{folder}/m.safetensors', '--out', f'{folder}/a.safetensors', *common])==0
+        assert cli.main(['detect', '--model', f'{folder}/m.safetensors', '--result', f'{folder}/a.safetensors', '--n-train', '500', '--n-valid', '100', '--n-clean', '50', *common])==0
+        lines = said.getvalue().decode(encoding).splitlines()
+        assert len([line for line in lines if 'b\\udcffd|\\n' in line])==3 and not any(line.startswith(('é', '\\xe9')) for line in lines)
+    assert {path.suffix for path in Path(folder).iterdir()}=={'.safetensors', '.checkpoint', '.csv'}
+
+def test_an_error_is_one_line_whatever_is_in_it(unread, capsys):
+    refused(capsys, 'a\\nb', 'attack', 'fgsm', '--model', 'a\nb.safetensors', '--out', 'x.safetensors')
+    refused(capsys, '\\udcff', 'train', os.fsdecode(b'\xff'))
+    refused(capsys, '\\x1b', 'detect', '--model', 'cnn', '--result', '\x1b[2J')
+
+@pytest.mark.parametrize('error, message', [(MemoryError(), 'out of memory'), (torch.cuda.OutOfMemoryError('CUDA out of memory.\nTried'), 'out of memory'), (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'smaller batch'),
+                                            (RuntimeError('value cannot be converted to type float without overflow'), 'too large')], ids=repr)
+def test_memory_that_runs_out_is_no_traceback(error, message, monkeypatch, capsys, here):
+    def load(*args): raise error
+    monkeypatch.setattr(cli, 'load', load)
+    for command in (['train', 'cnn'], ['attack', 'pgd', '--model', 'cnn', '--out', 'a.safetensors']): refused(capsys, message, *command, '--data', 'synthetic')
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch, here):
+    def load(*args): raise RuntimeError('a bug')
+    monkeypatch.setattr(cli, 'load', load)
+    with pytest.raises(RuntimeError, match='a bug'): cli.main(['train', 'cnn', '--data', 'synthetic'])
+
+@pytest.mark.parametrize('command', ['train', 'attack', 'detect'])
+def test_a_write_that_fails_names_its_file(command, here, drawn, trained, monkeypatch, capsys):
+    "As on a full disk, here by a limit on the size of files"
+    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
+    save_model(trained, 'm.safetensors')
+    common = ['--data', 'synthetic', '--device', 'cpu', '--no-progress']
+    attack = ['attack', 'random_noise', '--eps', '.5', '--images', '20', '--model', 'm.safetensors', *common, '--out']
+    assert run(capsys, *attack, 'a.safetensors')[0]==0
+    given, out = dict(train=(['train', 'cnn', '--images', 20, '--epochs', 1, *common, '--out', 'full.safetensors'], 'full.checkpoint'), attack=([*attack, 'full.safetensors'], 'full.safetensors'),
+                      detect=(['detect', '--model', 'm.safetensors', '--result', 'a.safetensors', '--n-train', 500, '--n-valid', 100, '--n-clean', 50, *common, '--out', 'full.csv'], 'full.csv'))[command]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try: refused(capsys, out, *given)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(here.glob('full*'))
+
+def test_nobody_has_to_read_or_hear_it(tmp_path):
+    "Standard output or error that is closed, full, or whose reader has gone, with and without a buffer"
+    train = ['train', 'cnn', '--data', 'synthetic', '--images', '20', '--epochs', '1', '--no-progress', '--folder']
+    attack = ['attack', 'fgsm', '--model', 'cnn', '--data', 'synthetic', '--images', '3', '--draws', '0', '--no-progress', '--out']
+    def start(args, redirections='', unbuffered='', **kw):
+        command = ['sh', '-c', f'exec "$@" {redirections}', 'sh', sys.executable, '-m', 'genrobust', *map(str, args)]
+        env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED=unbuffered)
+        return subprocess.Popen(command, env=env, **{**dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), **kw})
+    gone, write = os.pipe()
+    os.close(gone)
+    silent = [start(args, unbuffered=unbuffered, stdout=write) for unbuffered in ('', '1') for args in (['--help'], ['attack', 'zoo', '--help'], ['--version'], [*train, tmp_path/f't{unbuffered}'], [*attack, tmp_path/f'a{unbuffered}.safetensors'])]
+    for process in silent:
+        assert process.communicate()[1]=='' and process.returncode in (0, 141), process.args
+    os.close(write)
+    closed = {(redirections, *args): start(args, redirections) for redirections in ('>&-', '2>&-', '>&- 2>&-', '<&- >&- 2>&-') for args in (['train', 'nonsense'], ['--help'], [*attack, tmp_path/f'{len(redirections)}.safetensors'])}
+    for (redirections, *args), process in closed.items():
+        out, errors = process.communicate()
+        assert process.returncode==(2 if 'nonsense' in args else 0), (redirections, args, errors)
+        assert errors.count('genrobust: error: no model')==('nonsense' in args and '2>' not in redirections) and 'Traceback' not in errors
+    assert len(list(tmp_path.glob('*.safetensors')))==3
+    full = [start(args, '> /dev/full') for args in (['--help'], [*attack, tmp_path/'full.safetensors'])]
+    for process in full:
+        errors = process.communicate()[1]
+        assert process.returncode==2 and 'standard output' in errors and errors.count('\n')==1, errors
+
+def test_every_way_to_start_it():
+    env = dict(os.environ, OMP_NUM_THREADS='1', PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
+    def start(*command): return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ways = [['genrobust'], [sys.executable, '-m', 'genrobust'], [sys.executable, '-m', 'genrobust.cli']]
+    versions, refusals = [start(*way, '--version') for way in ways], [start(*way, 'train', 'nonsense') for way in ways]
+    spread = start('torchrun', '--standalone', '--nproc-per-node', '2', '-m', 'genrobust.cli', 'train', 'nonsense')
+    for process in versions: assert process.communicate()[0]==f'genrobust {cli.__version__}\n' and process.returncode==0
+    for process in refusals: assert process.communicate()[0].startswith('genrobust: error: no model') and process.returncode==2
+    assert 'genrobust: error: no model' in spread.communicate()[0] and spread.returncode!=0
+
+def test_no_command_opens_a_window(monkeypatch):
+    "A backend that only a notebook has, inherited from it"
+    monkeypatch.setenv('MPLBACKEND', 'module://not_here.backend_inline')
+    monkeypatch.setattr(sys, 'argv', ['genrobust', 'train', 'nonsense'])
+    assert cli.main()==2 and os.environ['MPLBACKEND']=='agg'
+
+def test_help_waits_for_no_plot_and_no_table():
+    "What draws, tabulates, downloads or fits is imported where it is used"
+    heavy = ['IPython', 'matplotlib', 'pandas', 'scipy', 'seaborn', 'sklearn', 'sympy', 'torchvision']
+    code = f"import sys; from genrobust import cli; cli._parser(); print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout=='[]\n'

@@ -1,6 +1,8 @@
 "Detectors: what they promise, on real images and on small models."
-import math
+import json, math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,8 @@ from torch import nn
 from genrobust.attacks import AttackResult, fgsm, random_noise
 from genrobust.data import Images, Splits
 from genrobust.detection import DETECTORS, REJECTED, Detector, KLDetector, LogitDetector, MarginalDetector, detect, detected, fit_detectors, let_through, roc, score_images
-from genrobust.models import CNN, BayesClassifier, Classifier, NoDensityError, load_pretrained
+from genrobust.detection import _share, _threshold
+from genrobust.models import CNN, BayesClassifier, Classifier, NoDensityError, load_pretrained, load_tensors, save_tensors
 
 def first(part, n): return Images(*[v[:n] for v in part])
 
@@ -167,3 +170,79 @@ def test_intervals_of_all_and_nothing_are_not_points():
     assert perfect.rate==perfect.area==1 and .8 < perfect.rate_interval[0] < 1 and perfect.false_positives==.04
     assert math.isnan(roc([1., 2.], [3.]).area_interval[0]) and '1 adversarial' in repr(roc([1., 2.], [3.]))
     assert roc(range(100), range(100, 130)).to_frame()[['fpr','tpr']].iloc[[0,-1]].values.tolist()==[[0,0], [1,1]]
+
+RATES = [Fraction(percent, 100) for percent in range(1, 100)]
+
+def test_a_rate_that_n_images_allow_is_not_refused_by_rounding():
+    "1/49 of 49 images is one image, and the rank of a threshold is exact, for every n up to 2,000"
+    for n in range(2, 2001):
+        for rate in (Fraction(1, n), Fraction(2, n+1), Fraction(n-1, n), Fraction(n//2, n), RATES[n%99]):
+            if n*rate<1: continue
+            assert math.floor(_share(float(rate), n)*(n+1))==math.floor(rate*(n+1)), (n, rate)
+        with pytest.raises(ValueError, match=f'at least {n} clean images, found {n-1}'): _share(1/n, n-1)
+
+@pytest.mark.parametrize('fpr', [1e-12, 5e-324, 1-1e-12, math.nextafter(1, 0), np.float32(.05), Fraction(1, 3)])
+def test_extreme_rates_are_ranks_too(fpr):
+    assert 0 < _share(fpr) < 1
+    if fpr>.01: assert 1 <= _threshold(torch.arange(100.), fpr)+1 <= 100
+    else:
+        with pytest.raises(ValueError, match=r'at least \d+ clean'): _share(fpr, 10**6)
+
+def test_a_share_of_clean_scores_is_not_rounded():
+    "Without a threshold, that share of distinct clean scores is rejected exactly"
+    for n in range(1, 300):
+        for k in {1, n//3, n//2, n-1}-{0, n}:
+            found = roc(range(n), [0.], fpr=k/n)
+            assert (found.clean>found.threshold).sum()==k, (n, k)
+
+def test_infinite_scores_count():
+    "As scores beyond all others would"
+    rng = np.random.default_rng(0)
+    clean, adversarial = rng.normal(size=60).round(1), rng.normal(1, size=40).round(1)
+    for places in ([], [0], [0, 1, 2]):
+        for signs in ((1, 1), (1, -1), (-1, 1), (-1, -1)):
+            pair = {}
+            for far in (99., math.inf):
+                scores = [v.copy() for v in (clean, adversarial)]
+                for v, sign in zip(scores, signs): v[places] = sign*far
+                pair[far] = roc(*scores)
+            near, far = pair.values()
+            grid = np.linspace(0, 1, 11)
+            assert repr(near)==repr(far) and (near.area, near.rate, near.rate_interval, near.area_interval)==(far.area, far.rate, far.rate_interval, far.area_interval)
+            assert np.array_equal(near.band(grid), far.band(grid)) and np.isfinite(far.band(grid)).all()
+            assert near.to_frame()[['fpr', 'tpr']].equals(far.to_frame()[['fpr', 'tpr']])
+            assert far.to_frame()[['fpr', 'tpr']].iloc[[0, -1]].values.tolist()==[[0, 0], [1, 1]]
+    assert roc([-math.inf]*3, [math.inf]).area==1 and roc([math.inf]*3, [math.inf]*2).area==.5
+    with pytest.raises(ValueError, match='NaN'): roc([0., math.inf], [math.nan])
+
+def test_the_curve_is_that_of_scikit_learn():
+    metrics = pytest.importorskip('sklearn.metrics')
+    rng = np.random.default_rng(1)
+    for n, m, digits in ((1, 1, 1), (2, 1, 0), (1, 5, 0), (30, 20, 0), (200, 100, 1), (50, 50, 8)):
+        clean, adversarial = rng.normal(size=n).round(digits), rng.normal(.5, size=m).round(digits)
+        labelled = np.repeat([1, 0], [m, n]), np.concatenate([adversarial, clean])
+        assert np.allclose(roc(clean, adversarial).to_frame().values.T, metrics.roc_curve(*labelled))
+        assert roc(clean, adversarial).area==pytest.approx(metrics.roc_auc_score(*labelled))
+
+@pytest.mark.parametrize('name', DETECTORS)
+def test_a_file_with_other_values_than_a_detectors_is_one_error(name, model, splits, tmp_path):
+    "As somebody could write one, its digest right"
+    path = tmp_path/'guard'
+    fit_detectors(model, splits.train, splits.valid)[name].save(path)
+    tensors, about = load_tensors(path)
+    Detector.load(path, model)
+    wrong = [(tensors, {**about, key: value}) for key in ('threshold', 'fpr') for value in ([1.], '1', math.nan, math.inf, None, True, {})]
+    wrong += [(tensors, {**about, 'fpr': 2.}), (tensors, {**about, 'model': [about['model']]}), (tensors, {**about, 'detector': [name]}), (tensors, {**about, 'detector': None})]
+    wrong += [(tensors, {k: v for k,v in about.items() if k!=key}) for key in about]
+    wrong += [({k: v for k,v in tensors.items() if k!=key}, about) for key in tensors]
+    wrong += [({**tensors, key: value}, about) for key in tensors for value in (tensors[key]*math.nan, -tensors[key].abs()-1 if key!='mean' else tensors[key]*math.inf, tensors[key].long(), tensors[key][:0], tensors[key][None], torch.ones(3, 4))]
+    wrong += [({**tensors, 'more': torch.ones(1)}, about)]
+    for values, metadata in wrong:
+        save_tensors(path, values, **metadata)
+        with pytest.raises(ValueError, match=str(path)): Detector.load(path, model)
+
+def test_a_detector_keeps_what_it_was_given(model, splits, tmp_path):
+    for fpr in (.05, np.float32(.25), Fraction(1, 3)):
+        detector = KLDetector(model).fit(splits.train).calibrate(splits.valid, fpr=fpr)
+        detector.save(tmp_path/'kl')
+        assert json.dumps(detector.fpr) and Detector.load(tmp_path/'kl', model).fpr==float(fpr)
