@@ -17,6 +17,7 @@ from http.client import HTTPException
 from io import BytesIO
 from pathlib import Path
 from queue import Empty, Queue
+from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -99,12 +100,6 @@ def _unpack(content):
         return gzip.GzipFile(fileobj=BytesIO(content)).read(100_000_000)
     except (OSError, EOFError, zlib.error):
         return b''
-
-def _decode(content):
-    "An idx file as a tensor: two zeros, a type, the number of axes, their lengths, the numbers"
-    axes = content[3]
-    shape = np.frombuffer(content, '>u4', axes, offset=4).tolist()
-    return torch.tensor(np.frombuffer(content, np.uint8, offset=4+4*axes).reshape(shape))
 
 # %% ../nbs/00_data.ipynb #00-013b
 def _expand(folder):
@@ -203,20 +198,29 @@ def _download(dataset, name, folder, mirrors):
         f"({'; '.join(errors)}). Put the four archives there, or set GENROBUST_DATA "
         "to the folder that holds them.")
 
-def _read(dataset, root, download):
-    "`Images` for training and for testing"
-    folder, mirrors, found = _own_folder(dataset, root), list(dataset.mirrors), []
+def _unpacked(dataset, root, download):
+    "Names and contents of the four files"
+    mirrors, folder = list(dataset.mirrors), _own_folder(dataset, root)
     for name, _ in dataset.resources:
         content = _find(dataset, name, root)
         if content is None and not download:
             raise DataUnavailable(f"{dataset.__name__}: expected {folder/name}, found no such file; "
                                   "load with download=True, or set GENROBUST_DATA to its folder")
-        if content is None:
-            content = _download(dataset, name, folder, mirrors)
-        found.append(_decode(content))
-    train_x, train_y, test_x, test_y = found
-    return [check_images(x[:,None]/255, y.long(), source=dataset.__name__)
-            for x,y in ((train_x, train_y), (test_x, test_y))]
+        yield name.removesuffix('.gz'), content or _download(dataset, name, folder, mirrors)
+
+def _read(dataset, root, download):
+    "`Images` for training and for testing, read by torchvision"
+    with TemporaryDirectory() as tmp:
+        raw = _own_folder(dataset, Path(tmp))
+        raw.mkdir(parents=True)
+        for name, content in _unpacked(dataset, root, download):
+            try:
+                (raw/name).write_bytes(content)
+            except OSError as e:
+                raise OSError(e.errno, e.strerror, str(raw/name)) from e
+        parts = [dataset(tmp, train=train) for train in (True, False)]
+    return [check_images(part.data[:,None]/255, part.targets.long(), source=dataset.__name__)
+            for part in parts]
 
 # %% ../nbs/00_data.ipynb #00-015
 N_VALID = 10_000

@@ -1,8 +1,10 @@
 "Properties that every attack has, whatever its idea; and faults known from other libraries."
 import inspect
+import json
 import math
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -10,6 +12,7 @@ from genrobust import attacks
 from genrobust.attacks import (AttackResult, apgd, carlini_wagner, deepfool, fgsm, hop_skip_jump, jacobian, margin, mim, one_vs_all, pgd,
                                random_noise, rescore, spsa, square, truncated_deepfool, zoo)
 from genrobust.attacks.core import norm
+from genrobust.files import save_tensors
 from genrobust.models import CNN, BayesClassifier, load_pretrained
 
 JACOBIANS = [deepfool, truncated_deepfool]
@@ -457,3 +460,32 @@ def test_results_say_what_noise_they_ran_on():
     clf, x = BayesClassifier('DBX', hidden=8, latent=2, n_samples=2).eval(), torch.rand(2, 1, 28, 28)
     noise = [random_noise(model, x, seed=4).settings.get('noise') for model in (clf, clf.fixed(3, 5), clf.averaged(5, 1), clf.fresh(), CNN().eval())]
     assert noise==[dict(seed=4, n_samples=2, draws=1), dict(seed=3, n_samples=5, draws=1), dict(seed=1, n_samples=2, draws=5), 'fresh', None]
+
+def test_results_written_before_there_was_a_digest_still_load(tmp_path):
+    model, x = elsewhere()
+    result = fgsm(model, x, bounds=(-1, 1), target=(model(x).argmax(1)+1)%5)
+    safetensors.torch.save_file(result._tensors(), tmp_path/'old.safetensors', dict(settings=json.dumps(result.settings)))
+    again = AttackResult.load(tmp_path/'old.safetensors')
+    assert again.settings==result.settings and all(torch.equal(v, again._tensors()[k]) for k,v in result._tensors().items())
+    for settings in ('[1, 2]', '{', '['*10_000+']'*10_000, '"eps"', 'null'):
+        safetensors.torch.save_file(result._tensors(), tmp_path/'odd.safetensors', dict(settings=settings))
+        with pytest.raises(ValueError, match='odd.safetensors is not an attack result'): AttackResult.load(tmp_path/'odd.safetensors')
+    for name in ('x', 'success', 'forwards'):
+        fewer = dict(result._tensors(), **{name: getattr(result, name)[:3]})
+        save_tensors(tmp_path/'odd.safetensors', fewer, settings=result.settings)
+        with pytest.raises(ValueError, match='do not fit together'): AttackResult.load(tmp_path/'odd.safetensors')
+        save_tensors(tmp_path/'odd.safetensors', {k: v for k,v in result._tensors().items() if k!=name}, settings=result.settings)
+        with pytest.raises(ValueError, match='is not an attack result'): AttackResult.load(tmp_path/'odd.safetensors')
+
+def test_a_changed_bit_of_a_result_is_noticed_and_equal_results_have_equal_files(tmp_path):
+    model, x = elsewhere()
+    path = tmp_path/'a.safetensors'
+    fgsm(model, x, bounds=(-1, 1)).save(path)
+    content = path.read_bytes()
+    AttackResult.load(path).save(tmp_path/'b.safetensors')
+    assert (tmp_path/'b.safetensors').read_bytes()==content
+    for place in [*range(0, 600, 7), *torch.randint(len(content), (60,), generator=torch.Generator().manual_seed(0)).tolist(), len(content)-1]:
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match='a.safetensors is not an attack result'): AttackResult.load(path)
