@@ -1,5 +1,6 @@
-"The study: what it knows a model by, what it does with damaged files, and what its tables can hold."
+"The study: what it knows a model by, what it does with damaged files, what its tables can hold."
 import ast
+import html
 import json
 import math
 import os
@@ -19,8 +20,8 @@ from genrobust import results
 from genrobust.attacks import apgd, one_vs_all
 from genrobust.data import Images, Splits
 from genrobust.models import CNN, load_pretrained, load_tensors, save_model, save_tensors
-from genrobust.results import (ATTACKS, STRONG, Preset, clustered, markdown_table, read_study,
-                               reproduce, smallest_change, tables, wilson)
+from genrobust.results import (ATTACKS, PRESETS, STRONG, Preset, clustered, markdown_table, mcnemar,
+                               read_study, reproduce, smallest_change, tables, wilson)
 
 TINY = Preset(train=60, valid=40, test=20, attacked=4, seeds=2, draws=1)
 
@@ -33,7 +34,8 @@ class Study:
             self.measured.append(stage)
             self.said.append('measuring')
             return measure(stage, *args)
-        monkeypatch.setattr(results, 'load_or_synthetic', lambda *_: ('fashion_mnist', Splits(*parts)))
+        splits = 'fashion_mnist', Splits(*parts)
+        monkeypatch.setattr(results, 'load_or_synthetic', lambda *_: splits)
         monkeypatch.setattr(results, 'measure', remembered)
 
     def __call__(self, out, models=('cnn',), attacks=('FGS',), preset=TINY):
@@ -82,30 +84,35 @@ def test_different_files_have_different_names_in_tables(study, tmp_path):
     for name in names:
         assert f'| {name.upper()} |' in (tmp_path/'out/tables.md').read_text()
 
-@pytest.mark.parametrize('stem', ['a|b', 'a`b', 'a\\', 'a\\|b', 'a\nb', '007', 'NA', 'nan', '$a$b$', 'a b', 'ä', '-'])
+def rows_of(markdown):
+    "The cells of each row of the tables in a Markdown text, heads included, as a reader sees them"
+    page = mistune.create_markdown(plugins=['table'])(markdown)
+    rows = re.findall('<tr>(.*?)</tr>', page, re.S)
+    return [list(map(html.unescape, re.findall('<t[dh][^>]*>(.*?)</t[dh]>', row))) for row in rows]
+
+STEMS = 'a|b', 'a`b', 'a\\', 'a\\|b', 'a\nb', '007', 'NA', 'nan', '$a$b$', 'a b', 'ä', '-', '<b>'
+
+@pytest.mark.parametrize('stem', STEMS)
 def test_any_name_of_a_file_goes_through_the_tables(study, tmp_path, stem):
     folder = study(tmp_path/'out', [weights(tmp_path/f'{stem}.safetensors', 0)])
     shown = ' '.join(stem.upper().splitlines())
-    html = mistune.create_markdown(plugins=['table'])((folder/'tables.md').read_text(encoding='utf-8'))
-    found = [re.findall('<td[^>]*>(.*?)</td>', row) for row in re.findall('<tr>(.*?)</tr>', html, re.S)]
-    heads = [re.findall('<th[^>]*>', row) for row in re.findall('<tr>(.*?)</tr>', html, re.S)]
-    cells = [row for row in found if row]
+    rows = rows_of((folder/'tables.md').read_text(encoding='utf-8'))
+    heads, cells = rows[::2], rows[1::2]
     assert len(cells)==5 and all(row[0]==shown for row in cells), cells
-    assert [len(row) for row in cells]==[len(head) for head in heads if head]
+    assert [len(row) for row in cells]==[len(head) for head in heads]
     assert (folder/'examples.png').stat().st_size
 
 def test_a_name_that_is_not_utf_8_is_shown_as_text_that_is():
     seeds = iter(range(2))
-    names = results._named(['b\udcff.safetensors', 'b\udcfe.safetensors'], lambda model: CNN(seed=next(seeds)))
+    models = ['b\udcff.safetensors', 'b\udcfe.safetensors']
+    names = results._named(models, lambda model: CNN(seed=next(seeds)))
     assert len(names)==2 and all(name.encode() for name in names)
 
 def test_what_a_cell_holds_is_shown_as_it_is():
-    texts = ['|', 'a|b', '\\', '\\|', '`', '`a`', '``', 'a * b * c', '<b>', 'a\r\nb\u2028c', '$x$', '']
-    html = mistune.create_markdown(plugins=['table'])(markdown_table('T', [{'x|y': text, 'n': 1} for text in texts]))
-    found = re.findall('<td[^>]*>(.*?)</td>', html)
-    unescaped = [text.replace('&lt;', '<').replace('&gt;', '>') for text in found]
-    assert unescaped[::2]==[' '.join(text.splitlines()) for text in texts]
-    assert set(unescaped[1::2])=={'1'} and len(found)==2*len(texts)
+    texts = ['|', 'a|b', '\\', '\\|', '`', '`a`', '``', '*b*', '<b>', 'a\r\nb\u2028c', '$x$', '']
+    head, *rows = rows_of(markdown_table('T', [{'x|y': text, 'n': 1} for text in texts]))
+    assert head==['x|y', 'n']
+    assert rows==[[' '.join(text.splitlines()), '1'] for text in texts]
 
 def truncated(file, *_): file.write_bytes(file.read_bytes()[:-50])
 def emptied(file, *_): file.write_bytes(b'')
@@ -132,7 +139,8 @@ def test_damaged_stages_are_found_first_said_and_measured_again(study, tmp_path,
     folder = study(tmp_path/'out')
     expected = (folder/'images.csv').read_text()
     first, *_, last = study.measured
-    files = {stage: next((folder/'stages').glob(f'*-{stage.what.lower()}-{stage.first}-*')) for stage in study.measured}
+    files = {stage: next((folder/'stages').glob(f'*-{stage.what.lower()}-{stage.first}-*'))
+             for stage in study.measured}
     other = study.measured[-2]
     files[first].unlink()
     kept = files[other].read_bytes()
@@ -147,7 +155,7 @@ def test_damaged_stages_are_found_first_said_and_measured_again(study, tmp_path,
 
 def test_settings_that_are_a_list_are_measured_again(study, tmp_path, monkeypatch):
     folder = study(tmp_path/'out')
-    monkeypatch.setattr(results, 'load_tensors', lambda file: (load_tensors(file)[0], [load_tensors(file)[1]]))
+    monkeypatch.setattr(results, 'load_tensors', lambda _: ({}, ['a', 'list']))
     assert not results._is_done(next((folder/'stages').iterdir()), {}, study.said.append)
     assert 'measuring a stage again' in study.said[-1]
 
@@ -158,7 +166,8 @@ from genrobust.data import Images, Splits, synthetic
 x, y = synthetic(120)
 splits = Splits(*[Images(x[a:b], y[a:b]) for a, b in ((0, 60), (60, 100), (100, 120))])
 results.load_or_synthetic = lambda *_: ('fashion_mnist', splits)
-results.reproduce(results.Preset(60, 40, 20, 4, seeds=1, draws=1), {str(tmp_path)!r}, ['cnn'], ['FGS'], device='cpu')'''
+preset = results.Preset(60, 40, 20, 4, seeds=1, draws=1)
+results.reproduce(preset, {str(tmp_path)!r}, ['cnn'], ['FGS'], device='cpu')'''
     env = dict(os.environ, MPLBACKEND='module://not_here.backend_inline', OMP_NUM_THREADS='1')
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert done.returncode==0, done.stderr
@@ -177,29 +186,39 @@ def blocked(tmp_path, kind):
         (out/kind).touch() if kind=='stages' else (out/kind).mkdir()
     return out
 
-@pytest.mark.parametrize('kind', ['not UTF-8', 'a file', 'below a file', 'stages', 'tables.md', 'images.csv', 'examples.png'])
+KINDS = 'not UTF-8', 'a file', 'below a file', 'stages', *results._FILES
+
+@pytest.mark.parametrize('kind', KINDS)
 def test_a_folder_that_cannot_be_written_is_one_error_before_any_work(study, tmp_path, kind):
     with pytest.raises(OSError) as error:
         study(blocked(tmp_path, kind))
     assert not study.measured and str(error.value).startswith('cannot write')
     assert str(error.value).isprintable()
 
-@pytest.mark.parametrize('given, message', [
-    (dict(models='gfz'), 'list of models'), (dict(models=Path('m.safetensors')), 'list of models'),
-    (dict(models=[]), 'list of models'), (dict(models=None), 'list of models'), (dict(models=7), 'list of models'),
-    (dict(attacks='FGS'), 'list of attacks'), (dict(attacks=[]), 'list of attacks'), (dict(attacks=[['FGS']]), 'no attack'),
-    (dict(preset=['quick']), 'no preset'), (dict(preset=None), 'no preset'), (dict(preset=(60, 40, 20, 4)), 'no preset'),
-    *[(dict(preset=TINY._replace(**size)), 'whole numbers') for size in (dict(train='60'), dict(attacked=4.), dict(draws=None), dict(seeds=True), dict(valid=math.nan), dict(apgd=[1]))]])
+NO_MODELS = 'gfz', b'gfz', Path('m.safetensors'), [], (), None, 7
+NO_SIZES = (dict(train='60'), dict(attacked=4.), dict(draws=None), dict(seeds=True),
+            dict(valid=math.nan), dict(apgd=[1]))
+NO_STUDY = [
+    *[(dict(models=models), 'list of models') for models in NO_MODELS],
+    *[(dict(attacks=attacks), 'list of attacks') for attacks in ('FGS', [], 7)],
+    (dict(attacks=[['FGS']]), 'no attack'), (dict(attacks=['ZOO']), 'has no images'),
+    *[(dict(preset=preset), 'no preset') for preset in (['quick'], None, tuple(TINY), 'Quick', {})],
+    *[(dict(preset=TINY._replace(**size)), 'whole numbers') for size in NO_SIZES],
+    (dict(preset=TINY._replace(zoo=-1)), 'at least one'),
+    (dict(preset=TINY._replace(attacked=0), attacks=None), 'at least one attack')]
+
+@pytest.mark.parametrize('given, message', NO_STUDY)
 def test_arguments_that_make_no_study_are_one_error(study, tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         study(tmp_path/'out', **given)
     assert not study.measured and not (tmp_path/'out').exists()
 
 def test_names_are_taken_from_whatever_lists_them(study, tmp_path):
-    study(tmp_path/'out', (name for name in ['cnn', 'CNN']), {'FGS': 1}, TINY._replace(train=torch.arange(61).numpy()[60]))
+    preset = TINY._replace(train=torch.tensor([60]).numpy()[0])
+    study(tmp_path/'out', (name for name in ['cnn', 'CNN']), {'FGS': 1}, preset)
     assert {stage.model for stage in study.measured}=={'cnn'}
 
-@pytest.mark.parametrize('k, n', [(-1, 5), (6, 5), (math.nan, 5), (0, -1), (1, 0), (1, math.nan), (0, -5)])
+@pytest.mark.parametrize('k, n', [(-1, 5), (6, 5), (math.nan, 5), (0, -1), (1, 0), (1, math.nan)])
 def test_a_rate_that_cannot_be_is_an_error(k, n):
     with pytest.raises(ValueError, match='0 <= k <= n'):
         wilson(k, n)
@@ -212,26 +231,31 @@ def test_without_images_nothing_is_known():
 
 def test_importing_the_study_imports_no_library_of_plots_or_tables():
     "Of its own: libraries that take long to import are imported where they are used"
-    found = [node for node in ast.parse(Path(results.__file__).read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    names = [alias.name for node in found if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in found if isinstance(node, ast.ImportFrom) and not node.level]
-    assert 'json' in names
-    assert not {name.partition('.')[0] for name in names} & {'pandas', 'scipy', 'seaborn', 'matplotlib', 'sklearn', 'torchvision'}
+    body = ast.parse(Path(results.__file__).read_text(encoding='utf-8')).body
+    names = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in body if isinstance(node, ast.ImportFrom) and not node.level]
+    slow = 'pandas', 'scipy', 'seaborn', 'matplotlib', 'sklearn', 'torchvision'
+    assert 'json' in names and not [name for name in names if name.partition('.')[0] in slow]
 
-def write_study(folder, n, l2, weights='w', **frames):
-    "A study of one model of two attacks, the first on `n` images, the second on 4"
+def write_study(folder, n, l2, weights='w'):
+    "A study of one model under two attacks, the first on `n` images, the second on 4"
     folder.mkdir()
-    rows = [('m', attack, image, image%2, l2, True, False) for attack, count in (('A', n), ('B', 4)) for image in range(count)]
-    columns = ['model', 'attack', 'image', 'seed', 'l2', 'success', 'initially_wrong']
-    pd.DataFrame(rows, columns=columns).to_csv(folder/'images.csv', index=False)
-    spent = [('m', attack, on, seconds, count) for attack, count in (('A', n), ('B', 4)) for on, seconds in (('here', l2),)]
-    pd.DataFrame(spent, columns=['model', 'attack', 'on', 'seconds', 'n']).to_csv(folder/'seconds.csv', index=False)
-    (folder/'settings.json').write_text(json.dumps(dict(data='fashion_mnist', draws=20, weights=dict(m=weights))))
+    counts = dict(A=n, B=4)
+    rows = [dict(attack=attack, image=image, seed=image%2, l2=l2)
+            for attack, count in counts.items() for image in range(count)]
+    images = pd.DataFrame(rows).assign(model='m', success=True, initially_wrong=False)
+    images.to_csv(folder/'images.csv', index=False)
+    spent = pd.DataFrame(dict(attack=counts.keys(), n=counts.values()))
+    spent.assign(model='m', on='here', seconds=l2).to_csv(folder/'seconds.csv', index=False)
+    settings = dict(data='fashion_mnist', draws=20, weights=dict(m=weights))
+    (folder/'settings.json').write_text(json.dumps(settings))
     return folder
 
 @pytest.mark.parametrize('turned', [False, True])
 def test_of_an_attack_in_several_studies_the_one_on_most_images_counts(tmp_path, turned):
-    folders = [write_study(tmp_path/'few', 2, .1), write_study(tmp_path/'many', 4, .2)][::-1 if turned else 1]
+    folders = [write_study(tmp_path/'few', 2, .1), write_study(tmp_path/'many', 4, .2)]
+    if turned:
+        folders.reverse()
     images, seconds = (read_study(name, *folders) for name in ('images', 'seconds'))
     of = images.set_index(['attack', 'image']).l2
     assert of['A'].to_dict()==dict.fromkeys(range(4), .2)
@@ -244,15 +268,16 @@ def test_one_name_for_two_models_is_an_error(tmp_path):
     with pytest.raises(ValueError, match='one model under each name'):
         tables(*folders)
 
-def test_strong_attacks_are_asked_for_by_name_and_known_by_all_their_parameters(study, tmp_path, monkeypatch):
+def test_strong_attacks_are_asked_for_and_known_by_all_parameters(study, tmp_path, monkeypatch):
     assert len(STRONG)==12 and STRONG.keys()<=ATTACKS.keys()
-    assert not STRONG.keys() & set(results._chosen('standard', ['cnn'], None)[3])
+    assert not STRONG.keys() & set(results._chosen(None, 'standard', PRESETS['standard']))
     settings = [results._parameters(attack) for attack in STRONG.values()]
     assert len(set(settings))==12
     name = 'Targeted APGD, L2 1'
     study(tmp_path/'out', attacks=[name], preset=TINY._replace(apgd=4))
     assert [stage.what for stage in study.measured][-2:]==[name]*2
-    monkeypatch.setitem(results.ATTACKS, name, partial(one_vs_all, apgd, steps=3, loss='dlr', p=2, eps=1))
+    other = partial(one_vs_all, apgd, steps=3, loss='dlr', p=2, eps=1)
+    monkeypatch.setitem(results.ATTACKS, name, other)
     study(tmp_path/'out', attacks=[name], preset=TINY._replace(apgd=4))
     assert [stage.what for stage in study.measured]==[name]*2
 
@@ -260,7 +285,14 @@ def test_targeted_attacks_of_the_study_are_those_of_the_library(drawn):
     clf, x, y = load_pretrained('cnn', 'cpu'), drawn.test.x[:6], drawn.test.y[:6]
     for norm, p, eps in (('L2 0.5', 2, .5), ('Linf 0.1', math.inf, .1)):
         found = ATTACKS[f'Targeted APGD, {norm}'](clf, x, y, seed=3)
-        expected = one_vs_all(apgd, clf, x, y, p=p, eps=eps, steps=100, loss='dlr', early_stop=True, seed=3)
+        how = dict(p=p, eps=eps, steps=100, loss='dlr', early_stop=True)
+        expected = one_vs_all(apgd, clf, x, y, seed=3, **how)
         assert torch.equal(found.x_adv, expected.x_adv)
         assert (found.l2 if p==2 else found.linf).max()<=eps*(1+1e-5)
-        assert found.settings['attack']=='one_vs_all(apgd)' and found.settings['eps']==eps and found.settings['steps']==100
+        assert (how | dict(attack='one_vs_all(apgd)')).items()<=found.settings.items()
+
+def test_mcnemar_counts_the_images_that_only_one_keeps():
+    one, other = (pd.Series([bit in kept for bit in range(12)]) for kept in (range(9), range(8, 10)))
+    only_one, only_other, p = mcnemar(one, other)
+    assert (only_one, only_other)==(8, 1) and p==pytest.approx(2*(1+9)/2**9)
+    assert mcnemar(one, one)==(0, 0, 1)
