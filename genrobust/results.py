@@ -114,7 +114,7 @@ def mcnemar(
     from scipy.stats import binomtest
     only_one, only_other = int((one & ~other).sum()), int((other & ~one).sum())
     discordant = only_one+only_other
-    return only_one, only_other, binomtest(only_one, discordant).pvalue if discordant else 1.
+    return only_one, only_other, float(binomtest(only_one, discordant).pvalue) if discordant else 1.
 
 # %% ../nbs/10_results.ipynb #10-015
 class Stage(NamedTuple):
