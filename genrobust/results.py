@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from .attacks import (AttackResult, apgd, carlini_wagner, deepfool, fgsm, one_vs_all, pgd,
-                               random_noise, rescore, truncated_deepfool, zoo)
+from .attacks import AttackResult, apgd, carlini_wagner, deepfool, fgsm, one_vs_all, pgd
+from .attacks import random_noise, rescore, truncated_deepfool, zoo
 from .data import Images, Splits, class_names, digits, load, load_or_synthetic
 from .detection import detected, detectors_from_logits, scores_from_logits
-from .models import (build, digest, load_pretrained, load_tensors, pick_device, predict,
-                              pretrained_names, save_tensors, seeded, write_whole)
+from .models import build, digest, load_pretrained, load_tensors, pick_device, predict
+from .models import pretrained_names, save_tensors, seeded, write_whole
 from .training import fit, processes
 
 # %% ../nbs/10_results.ipynb #10-008
