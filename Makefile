@@ -24,8 +24,12 @@ reproduce: .venv/ready ## Measure what the report measured, in about five minute
 	genrobust reproduce --preset quick
 
 STUDY := torchrun --no-python --nproc-per-node 2 genrobust reproduce --preset standard
+BALLS := L2_0.5 L2_1 L2_2 Linf_0.02 Linf_0.05 Linf_0.1
+STRONG := $(foreach form,Restarted Targeted,$(foreach ball,$(BALLS),'$(form) APGD, $(subst _, ,$(ball))'))
 study: .venv/ready ## Measure what results/ holds of the study again, in a few hours on two cores
 	$(STUDY) --models dfz gfz cnn cnn_at
+	$(STUDY) --models cnn cnn_at --attacks Carlini-Wagner $(STRONG) --test 200 --carlini-wagner 200 --out results/strong
+	$(STUDY) --models gfz --attacks Carlini-Wagner --test 200 --carlini-wagner 200 --out results/strong_bayes
 	$(STUDY) --models dfx dbx gfy gby gbz --attacked 40 --carlini-wagner 5 --zoo 2 --apgd 40 --out results/others
 
 bench: .venv/ready ## Time the attacks beside those of other libraries, which are installed for it
