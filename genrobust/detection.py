@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attacks.core import AttackResult, check_counts, require
+from .attacks.core import check_counts, require
 from .data import Images, Splits
 from .models import LOG_NORMALISER, NoDensityError, digest, load_tensors, predict, save_tensors, seeded
 

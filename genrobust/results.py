@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPORT', 'ATTACKS', 'STRONG', 'SIZES', 'PRESETS', 'FOREIGN', 'SHOWN', 'Preset', 'wilson', 'clustered', 'mcnemar',
-           'Stage', 'plan', 'measure', 'show_attacks', 'writable', 'reproduce', 'markdown_table', 'read_study',
-           'tables', 'smallest_change', 'robust_accuracy', 'plot_robust']
+           'Stage', 'plan', 'measure', 'show_attacks', 'reproduce', 'markdown_table', 'read_study', 'tables',
+           'smallest_change', 'robust_accuracy', 'plot_robust']
 
 # %% ../nbs/10_results.ipynb #10-005
 import hashlib
@@ -22,7 +22,6 @@ from io import BytesIO
 from itertools import cycle
 from numbers import Integral
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import numpy as np
@@ -33,8 +32,9 @@ from .attacks import AttackResult, apgd, carlini_wagner, deepfool, fgsm, one_vs_
 from .attacks import random_noise, rescore, truncated_deepfool, zoo
 from .data import Images, Splits, class_names, digits, load, load_or_synthetic
 from .detection import detected, detectors_from_logits, scores_from_logits
-from .models import build, digest, load_pretrained, load_tensors, pick_device, predict
-from .models import pretrained_names, save_tensors, seeded, write_whole
+from .files import digest, load_tensors, save_tensors, writable, write_whole
+from .models import build, load_pretrained, pick_device, predict, pretrained_names
+from .numerics import seeded
 from .training import fit, processes
 
 # %% ../nbs/10_results.ipynb #10-008
@@ -335,15 +335,6 @@ def _collect(folder, done, clfs, splits, how, say):
     note = 'synthetic images' if how['data']=='synthetic' else ''
     picture = _examples(done, list(clfs)[:2], splits, class_names(how['data']), note)
     write_whole(folder/'examples.png', picture)
-
-def writable(
-    folder:str|Path # Need not be there yet
-) -> Path: # The same
-    "Make sure, before any work is done, that files can be written to a folder, and make none; an `OSError` if they cannot."
-    folder = Path(folder)
-    try:
-        with TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())): return folder
-    except OSError as e: raise OSError(f"cannot write to the folder {folder}: {e.strerror}") from e
 
 def _folder(out):
     "The folder of a study, if all its files can be written; else an `OSError`"
