@@ -26,8 +26,8 @@ from .attacks.gradient import apgd, fgsm, pgd
 from .attacks.penalty import carlini_wagner
 from .attacks.query import zoo
 from .data import N_VALID, Images, load_or_synthetic
-from .models import Double, Grow, Halve, build, load_pretrained, pick_device, predict, write_whole
-from .results import writable
+from .files import writable, write_whole
+from .models import Double, Grow, Halve, build, load_pretrained, pick_device, predict
 from .training import _epoch, _movers
 
 # %% ../nbs/11_speed.ipynb #11-008

@@ -27,9 +27,10 @@ from .attacks import AttackResult, one_vs_all, pgd, rescore
 from .bench import bench
 from .data import DataError, Images, Splits, class_names, load
 from .detection import check_detect, detect, detected, let_through
-from .models import (LOG_NORMALISER, build, digest, load_pretrained, load_tensors, pick_device,
-                              predict, pretrained_names, save_model, write_whole)
-from .results import ATTACKS, PRESETS, Preset, reproduce, tables, wilson, writable
+from .files import digest, load_tensors, writable, write_whole
+from .models import (LOG_NORMALISER, build, load_pretrained, pick_device, predict,
+                              pretrained_names, save_model)
+from .results import ATTACKS, PRESETS, Preset, reproduce, tables, wilson
 from .training import fit, processes
 
 # %% ../nbs/12_cli.ipynb #12-008

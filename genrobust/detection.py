@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from .attacks.core import check_counts, require
 from .data import Images, Splits
-from .models import LOG_NORMALISER, NoDensityError, digest, load_tensors, predict, save_tensors, seeded
+from .files import digest, load_tensors, save_tensors
+from .models import LOG_NORMALISER, NoDensityError, predict, seeded
 
 # %% ../nbs/08_detection.ipynb #08-008
 REJECTED = -1  # The label of an image that is turned away

