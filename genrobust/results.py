@@ -522,8 +522,8 @@ def read_study(
     *folders:str|Path # Written by `reproduce`
 ) -> 'pd.DataFrame': # Rows model by model
     """A table of one study, or of several of the same data: of an attack that several hold, the
-    rows of the one with most images, the first among equals; a `ValueError` if a model's detectors
-    differ between them."""
+    rows of the one with most images, and the times of the one that was quickest for an image, the
+    first among equals; a `ValueError` if a model's detectors differ between them."""
     import pandas as pd
     as_written = dict(dtype=dict(model=str), keep_default_na=False, na_values=[''])  # NA is a name
     frames = [pd.read_csv(Path(folder)/f'{name}.csv', **as_written).assign(folder=n)
@@ -535,12 +535,14 @@ def read_study(
             raise ValueError(f"{', '.join(map(str, folders))} do not go together: their detectors "
                              "differ, so measure them with the same numbers of training and "
                              "validation images")
-    of = [key for key in ('model', 'attack', 'detector') if key in rows]
-    order = [key for key in of if key!='detector']
+    of = [key for key in ('model', 'attack', 'detector', 'on') if key in rows]
+    order = [key for key in of if key in ('model', 'attack')]
     places = pd.DataFrame({key: pd.factorize(rows[key])[0] for key in order})
     places = places.sort_values(order, kind='stable')
-    met = rows.assign(met=rows.get('n', 1)).groupby([*of, 'folder']).met.sum()
-    best = met[met==met.groupby(of).transform('max')].reset_index('folder').groupby(of).folder.min()
+    worth = -rows.seconds/rows.n if name=='seconds' else rows.get('n', 1)
+    worth = rows.assign(worth=worth).groupby([*of, 'folder']).worth.sum()
+    best = worth[worth==worth.groupby(of).transform('max')].reset_index('folder')
+    best = best.groupby(of).folder.min()
     kept = rows.loc[places.index].merge(best, on=[*of, 'folder'])
     return kept.drop(columns='folder')
 
