@@ -12,9 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from genrobust.attacks.core import (
-    AttackState, BestMargin, attack, check_counts, check_positive, check_range, log_odds, margin, norm, require, within_reach
-)
+from .core import AttackState, BestMargin, attack, check_counts, check_positive, check_range
+from .core import log_odds, margin, norm, require, within_reach
 
 # %% ../../nbs/04_fgsm.ipynb #04-008
 def _logit(logits, y): return logits.gather(1, y[:,None]).squeeze(1)

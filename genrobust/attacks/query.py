@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrobust.attacks.core import (
-    BestMargin, BestNorm, attack, check_counts, check_positive, check_range, norm, require, within_bounds, within_reach
-)
+from .core import BestMargin, BestNorm, attack, check_counts, check_positive, check_range
+from .core import norm, require, within_bounds, within_reach
 from .gradient import Ball, per_image, unit
 from .penalty import Adam, check_penalty, linear_scale, minimise
 
