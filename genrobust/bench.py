@@ -94,7 +94,7 @@ def measure_limits(
     device=None, # Default: `pick_device()`
     n:int|None=None, # Images at once; default: 64, and 512 on a GPU
     batches:int=30 # Of 100 images, in an epoch
-) -> 'pd.DataFrame': # A row for each model and kind of work
+) -> "'pd.DataFrame'": # A row for each model and kind of work
     "Operations counted, seconds taken and the share of the machine's rate, for a forward pass, a Jacobian and an epoch."
     import pandas as pd
     device, rows = pick_device(device), []
@@ -275,7 +275,7 @@ def compete(
     rounds:int|None=None, # Turns of every library; default: as many as the contest has
     n:int|None=None, # Images, if not as many as the contest has
     device=None # Default: `pick_device()`
-) -> 'pd.DataFrame': # A row for each turn: `seconds`, `success`, `norm`, passes an image; `error` where another library failed
+) -> "'pd.DataFrame'": # A row for each turn: `seconds`, `success`, `norm`, passes an image; `error` where another library failed
     "Let libraries take turns at one job; a `ValueError` for an unknown one."
     import pandas as pd
     require(name in CONTESTS, f"no contest {name!r}; there are {', '.join(CONTESTS)}")
@@ -332,8 +332,8 @@ def bench(
     return folder
 
 def standings(
-    frame:'pd.DataFrame' # Rows of `compete`
-) -> 'pd.DataFrame': # A row for each library: medians over rounds, and ratios to ours
+    frame:"'pd.DataFrame'" # Rows of `compete`
+) -> "'pd.DataFrame'": # A row for each library: medians over rounds, and ratios to ours
     "Who took how long, beside what came of it. `predicted` is the ratio of passes, forwards and backwards together."
     keys = ['seconds', 'success', 'norm', 'forwards', 'backwards']
     table = frame.groupby(['contest','library'], sort=False)[keys].median().reset_index()

@@ -28,8 +28,8 @@ from .bench import bench
 from .data import DataError, Images, Splits, class_names, load
 from .detection import check_detect, detect, detected, let_through
 from .files import digest, load_tensors, writable, write_whole
-from .models import (LOG_NORMALISER, build, load_pretrained, pick_device, predict,
-                              pretrained_names, save_model)
+from .models import LOG_NORMALISER, build, load_pretrained, pick_device, predict
+from .models import pretrained_names, save_model
 from .results import ATTACKS, PRESETS, Preset, reproduce, tables, wilson
 from .training import fit, processes
 

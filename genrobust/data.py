@@ -349,7 +349,7 @@ def show_images(
     titles:list[str]|None=None, # One for each image
     columns:int=10, # Images in a row
     scale:float=1. # Inches an image
-) -> 'plt.Figure':
+) -> "'plt.Figure'":
     "A grid of grey images."
     import matplotlib.pyplot as plt
     rows, lines = -(-len(x)//columns), max(title.count('\n')+1 for title in titles) if titles else 0

@@ -322,7 +322,7 @@ class ROC:
         rng = np.random.default_rng(0)
         drawn = [_caught_at(fpr, *(rng.choice(scores, len(scores)) for scores in (self.clean, self.adversarial))) for _ in range(300)]
         return np.quantile(drawn, (.025, .975), axis=0)
-    def to_frame(self) -> 'pd.DataFrame':
+    def to_frame(self) -> "'pd.DataFrame'":
         "The curve: `fpr`, `tpr`, `threshold`, a row a corner; a score as high as the threshold counts."
         import pandas as pd
         x, y, cuts = _curve(self.clean, self.adversarial)
@@ -330,7 +330,7 @@ class ROC:
         corner[2:-1] = (np.diff(x[1:], 2)!=0) | (np.diff(y[1:], 2)!=0)
         curve = dict(fpr=x/len(self.clean), tpr=y/len(self.adversarial), threshold=cuts)
         return pd.DataFrame(curve)[corner].reset_index(drop=True)
-    def plot(self, ax:'plt.Axes', band:bool=False, **style) -> None:
+    def plot(self, ax:"'plt.Axes'", band:bool=False, **style) -> None:
         "Draw the curve, and its `band` as a faint fill."
         curve, grid = self.to_frame(), np.linspace(0, 1, 201)
         line, = ax.plot(curve.fpr, curve.tpr, **style)
@@ -362,7 +362,7 @@ def score_images(
     x:Tensor, # `[N,1,28,28]`
     y:Tensor, # Labels `[N]`
     batch_size:int=100 # Images at a time
-) -> 'pd.DataFrame': # A row an image: `image`, `label`, `prediction`, `log_p` if there is a density, and a score for each detector
+) -> "'pd.DataFrame'": # A row an image: `image`, `label`, `prediction`, `log_p` if there is a density, and a score for each detector
     "Classify images and score them with several detectors, all on the same draw of noise; `log_p` is log p(x,F(x)) in nats."
     return scores_from_logits(detectors, _ask(next(iter(detectors.values())).model, x, batch_size), y)
 
@@ -370,7 +370,7 @@ def scores_from_logits(
     detectors:dict, # Name: `Detector`, all of one model
     logits:Tensor, # Of that model `[N,C]`
     y:Tensor # Labels `[N]`
-) -> 'pd.DataFrame': # As by `score_images`
+) -> "'pd.DataFrame'": # As by `score_images`
     "The same, from answers that the model has given already."
     import pandas as pd
     density = dict(log_p=(logits.amax(1)+LOG_NORMALISER).cpu().numpy()) if 'logit' in detectors else {}
@@ -399,7 +399,7 @@ def detect(
     n_valid:int=5000, # Validation images to choose the thresholds with, at most
     n_clean:int=2000, # Test images that are scored as they are, at most
     seed:int=0 # Of the fresh noise
-) -> 'tuple[dict, pd.DataFrame]': # Detectors by name; the rows of `score_images`, with `attack` ('clean' where there is none), `success` and `initially_wrong`; `image` is -1 in a result that is not of the first test images, in order
+) -> "'tuple[dict, pd.DataFrame]'": # Detectors by name; the rows of `score_images`, with `attack` ('clean' where there is none), `success` and `initially_wrong`; `image` is -1 in a result that is not of the first test images, in order
     "Put every detector that a model can have before clean images and attacked ones, with fresh noise for each."
     import pandas as pd
     check_detect(fpr, n_train, n_valid, n_clean, seed)
@@ -413,7 +413,7 @@ def detect(
 
 # %% ../nbs/08_detection.ipynb #08-039
 def detected(
-    frame:'pd.DataFrame', # By `detect`
+    frame:"'pd.DataFrame'", # By `detect`
     attack:str, # One of the attacks in it
     detector:str, # 'logit', 'marginal' or 'kl'
     threshold:float, # Of the calibrated detector
@@ -438,11 +438,11 @@ def detected(
     return roc(clean[clean.image.isin(attacked.image)][detector] if threshold is None else clean[detector], counted[detector], threshold, fpr)
 
 def let_through(
-    frame:'pd.DataFrame', # By `detect`
+    frame:"'pd.DataFrame'", # By `detect`
     attack:str, # One of the attacks in it
     detector:str, # 'logit', 'marginal' or 'kl'
     threshold:float # Of the calibrated detector
-) -> 'pd.Series': # Bool, one for each image that was classified correctly before the attack
+) -> "'pd.Series'": # Bool, one for each image that was classified correctly before the attack
     "Which attacked images are taken for another class and not rejected: what an attacker gains."
     of = frame[(frame.attack==attack) & ~frame.initially_wrong]
     return (of.prediction!=of.label) & (of[detector]<=threshold)

@@ -93,8 +93,8 @@ def wilson(
     return max(centre-spread, 0.), min(centre+spread, 1.)
 
 def clustered(
-    hits:'pd.Series', # One value in [0, 1] for each image
-    cluster:'pd.Series' # Which images share their noise
+    hits:"'pd.Series'", # One value in [0, 1] for each image
+    cluster:"'pd.Series'" # Which images share their noise
 ) -> tuple[float, float]: # Lower and upper end; (0, 1) where there is no image
     "95 % interval of the mean of `hits`, with as few effective images as the differences between clusters call for."
     from scipy.stats import t
@@ -107,8 +107,8 @@ def clustered(
     return wilson(n*p/effect, n/effect, t.ppf(.975, clusters-1)) if effect>1 else wilson(n*p, n)
 
 def mcnemar(
-    one:'pd.Series', # Whether each image is kept, bool
-    other:'pd.Series' # The same images, in another way
+    one:"'pd.Series'", # Whether each image is kept, bool
+    other:"'pd.Series'" # The same images, in another way
 ) -> tuple[int, int, float]: # Images that only `one` keeps, that only `other` keeps; p-value
     "McNemar's exact test (1947) of two shares of the same images."
     from scipy.stats import binomtest
@@ -231,7 +231,7 @@ def show_attacks(
     results:dict, # Model: attack: `AttackResult`
     names:list[str], # Of the classes
     note:str='' # Put above the figure
-) -> 'matplotlib.figure.Figure':
+) -> "'matplotlib.figure.Figure'":
     """For each model, two columns: the first image on which most attacks succeeded, below it as
     each attack left it, and beside these the change."""
     from matplotlib.figure import Figure
@@ -520,7 +520,7 @@ def _reported(model, what, attack=None, form='{:.1%}'):
 def read_study(
     name:str, # 'images', 'clean', 'detectors' or 'seconds'
     *folders:str|Path # Written by `reproduce`
-) -> 'pd.DataFrame': # Rows model by model
+) -> "'pd.DataFrame'": # Rows model by model
     """A table of one study, or of several of the same data: of an attack that several hold, the
     rows of the one with most images, and the times of the one that was quickest for an image, the
     first among equals; a `ValueError` if a model's detectors differ between them."""
@@ -610,26 +610,26 @@ def tables(
 
 # %% ../nbs/10_results.ipynb #10-033
 def smallest_change(
-    images:'pd.DataFrame', # Rows of one model in `images.csv` of a study
+    images:"'pd.DataFrame'", # Rows of one model in `images.csv` of a study
     norm:str # 'l2' or 'linf'
-) -> 'pd.DataFrame': # A row for each image: `size`, inf where no attack won and -1 where it was wrong before, and `seed` of the noise
+) -> "'pd.DataFrame'": # A row for each image: `size`, inf where no attack won and -1 where it was wrong before, and `seed` of the noise
     "The smallest successful change that any attack on all of the images found for each, in units of a pixel."
     of = images[images.groupby('attack').image.transform('nunique')==images.image.nunique()]
     size = of[norm].where(of.success, math.inf).where(~of.initially_wrong, -1)
     return of.assign(size=size).groupby('image').agg(size=('size','min'), seed=('seed','first'))
 
 def robust_accuracy(
-    images:'pd.DataFrame', # `images.csv` of a study
+    images:"'pd.DataFrame'", # `images.csv` of a study
     norm:str, # 'l2' or 'linf'
     eps:float # Largest change, in units of a pixel
-) -> 'pd.Series': # By model, between 0 and 1
+) -> "'pd.Series'": # By model, between 0 and 1
     "Share of images that no attack has turned within `eps`: an upper bound."
     import pandas as pd
     return pd.Series({model: (smallest_change(of, norm)['size']>eps).mean() for model, of in images.groupby('model', sort=False)})
 
 def plot_robust(
-    images:'pd.DataFrame' # `images.csv` of a study
-) -> 'plt.Figure':
+    images:"'pd.DataFrame'" # `images.csv` of a study
+) -> "'plt.Figure'":
     "Robust accuracy against the size of the change in both norms, in units of a pixel, with 95 % intervals."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(2, 1, figsize=(6, 6.5), layout='constrained')

@@ -260,7 +260,7 @@ def processes():
 # %% ../nbs/02_training.ipynb #02-030
 def plot_history(
     histories:dict # Name: what `fit` returned
-) -> 'plt.Figure':
+) -> "'plt.Figure'":
     "Learning curves: the bound on training and validation images, and the validation accuracy."
     import matplotlib.pyplot as plt
     fig, (left, right) = plt.subplots(2, 1, figsize=(6, 6.3), layout='constrained')
