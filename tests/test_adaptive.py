@@ -133,7 +133,7 @@ def test_every_draw_is_a_new_one_and_none_is_the_attacks(splits):
     noisy = Prototypes(splits.train, noise=20.).eval().requires_grad_(False)
     torch.manual_seed(0)
     detector = KLDetector(noisy).fit(splits.train).calibrate(splits.valid)
-    share = slipped(random_noise(noisy, splits.test.x[:40], splits.test.y[:40], eps=.1), detector, draws=10)
+    share = slipped(random_noise(noisy, splits.test.x[:200], splits.test.y[:200], eps=.1), detector, draws=10)
     assert ((share>0) & (share<1)).sum() >= 5
     class Recorded(BayesClassifier):
         seen = []

@@ -44,7 +44,7 @@ def _step(state, x, delta, gap, grad_f, p, fraction):
     redo = (is_final | is_blocked).nonzero().squeeze(1)
     at, wish = x[redo,None], grad_f[redo]
     step[redo] = linear_step(gap[redo], wish.masked_fill((at<=low) & (wish<0) | (at>=high) & (wish>0), 0), p)
-    return torch.where(is_final, 1., fraction).to(x.dtype).view(-1, *[1]*(x.ndim-1))*step
+    return (torch.where(is_final, 1., fraction).view(-1, *[1]*(x.ndim-1))*step).to(x.dtype)
 
 def _deepfool(state, p, steps, overshoot, step, candidates):
     delta, rivals = torch.zeros_like(state.x), None if candidates is None else candidates-1
