@@ -9,7 +9,7 @@ ifneq ($(GENROBUST_DATA),)
 export GENROBUST_DATA := $(abspath $(GENROBUST_DATA))
 endif
 
-.PHONY: help reproduce study bench test sync notebooks-test wheel slow notebooks readme docs
+.PHONY: help reproduce study bench test lint format sync notebooks-test wheel slow notebooks readme docs
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s%s\n", $$1, $$2}' Makefile
 
@@ -37,8 +37,15 @@ bench: .venv/ready ## Time the attacks beside those of other libraries, which ar
 	-$(INSTALL) 'setuptools<81' wheel && $(INSTALL) --no-build-isolation adv-lib
 	genrobust bench
 
-test: .venv/ready sync notebooks-test wheel ## All tests: notebooks and modules in step, fast cells, the wheel, pytest
+test: .venv/ready lint sync notebooks-test wheel ## All tests: style, notebooks and modules in step, fast cells, the wheel, pytest
 	OMP_NUM_THREADS=1 pytest -q -n 2 tests
+
+lint: .venv/ready ## Check format and style of notebooks and tests with ruff
+	ruff format --check nbs tests
+	ruff check nbs tests
+
+format: .venv/ready ## Format notebooks and tests with ruff
+	ruff format nbs tests
 
 sync: .venv/ready ## Check that notebooks are clean and modules are exported
 	@state() { git status --porcelain; git diff | git hash-object --stdin; }; before=$$(state); nbdev_clean; nbdev_export; \

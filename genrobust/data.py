@@ -32,65 +32,106 @@ from .files import writable, write_whole
 # %% ../nbs/00_data.ipynb #00-008
 class Images(NamedTuple):
     "Images in [0, 1] and their labels"
-    x: Tensor # float32 `[N,1,28,28]`
-    y: Tensor # int64 `[N]`, 0 to 9
+
+    x: Tensor  # float32 `[N,1,28,28]`
+    y: Tensor  # int64 `[N]`, 0 to 9
+
 
 class Splits(NamedTuple):
     "50,000 images to train on, 10,000 to choose with, 10,000 to report on"
+
     train: Images
     valid: Images
     test: Images
 
+
 class DataError(ValueError):
     "Images, labels or files that are not what they should be"
+
 
 class DataUnavailable(DataError):
     "Files that are neither on disk nor to be downloaded"
 
 # %% ../nbs/00_data.ipynb #00-010
 def check_images(
-    x:Tensor, # float32 `[N,1,28,28]` in [0, 1]
-    y:Tensor, # int64 `[N]`, each from 0 to `n_classes - 1`
-    n_classes:int=10, # Number of labels
-    source:str='these images' # What to call them in an error
-) -> Images: # The same tensors
+    x: Tensor,  # float32 `[N,1,28,28]` in [0, 1]
+    y: Tensor,  # int64 `[N]`, each from 0 to `n_classes - 1`
+    n_classes: int = 10,  # Number of labels
+    source: str = 'these images',  # What to call them in an error
+) -> Images:  # The same tensors
     "Return `Images(x, y)`, or raise a `DataError` that says what is wrong with them."
+
     def need(ok, expected, found, todo):
-        if not ok: raise DataError(f"{source}: expected {expected}, found {found}; {todo}")
-    need(isinstance(x, Tensor) and isinstance(y, Tensor), 'two tensors', f'{type(x).__name__} and {type(y).__name__}', 'convert them with torch.as_tensor')
-    need(x.dtype==torch.float32 and y.dtype==torch.int64, 'float32 images and int64 labels', f'{x.dtype} and {y.dtype}',
-         'convert them with x.float()/255 and y.long()')
-    need(x.ndim==4 and x.shape[1:]==(1,28,28), 'images of shape [N, 1, 28, 28]', f'{list(x.shape)}', 'reshape or resize them')
-    need(y.shape==x.shape[:1], f'one label for each of {len(x)} images', f'labels of shape {list(y.shape)}', 'check that both files belong together')
-    need(len(x)>0, 'at least one image', 'none', 'check the file')
+        if not ok:
+            raise DataError(f'{source}: expected {expected}, found {found}; {todo}')
+
+    need(
+        isinstance(x, Tensor) and isinstance(y, Tensor),
+        'two tensors',
+        f'{type(x).__name__} and {type(y).__name__}',
+        'convert them with torch.as_tensor',
+    )
+    need(
+        x.dtype == torch.float32 and y.dtype == torch.int64,
+        'float32 images and int64 labels',
+        f'{x.dtype} and {y.dtype}',
+        'convert them with x.float()/255 and y.long()',
+    )
+    need(
+        x.ndim == 4 and x.shape[1:] == (1, 28, 28),
+        'images of shape [N, 1, 28, 28]',
+        f'{list(x.shape)}',
+        'reshape or resize them',
+    )
+    need(
+        y.shape == x.shape[:1],
+        f'one label for each of {len(x)} images',
+        f'labels of shape {list(y.shape)}',
+        'check that both files belong together',
+    )
+    need(len(x) > 0, 'at least one image', 'none', 'check the file')
     need(bool(torch.isfinite(x).all()), 'finite pixels', 'NaN or infinity', 'clean the images')
     low, high = x.min().item(), x.max().item()
-    need(0<=low and high<=1, 'pixels in [0, 1]', f'[{low:g}, {high:g}]', 'divide bytes by 255')
+    need(0 <= low and high <= 1, 'pixels in [0, 1]', f'[{low:g}, {high:g}]', 'divide bytes by 255')
     first, last = y.min().item(), y.max().item()
-    need(0<=first and last<n_classes, f'labels from 0 to {n_classes-1}', f'{first} to {last}', 'check the labels')
+    need(
+        0 <= first and last < n_classes,
+        f'labels from 0 to {n_classes - 1}',
+        f'{first} to {last}',
+        'check the labels',
+    )
     return Images(x, y)
 
 # %% ../nbs/00_data.ipynb #00-013
 _DATASETS = dict(fashion_mnist='FashionMNIST', mnist='MNIST', kmnist='KMNIST')  # in torchvision
 
-_SUMS = dict( # MD5 of unpacked files
-    FashionMNIST={'train-images-idx3-ubyte': 'f4a8712d7a061bf5bd6d2ca38dc4d50a',
-                  'train-labels-idx1-ubyte': '9018921c3c673c538a1fc5bad174d6f9',
-                  't10k-images-idx3-ubyte': '8181f5470baa50b63fa0f6fddb340f0a',
-                  't10k-labels-idx1-ubyte': '15d484375f8d13e6eb1aabb0c3f46965'},
-    MNIST={'train-images-idx3-ubyte': '6bbc9ace898e44ae57da46a324031adb',
-           'train-labels-idx1-ubyte': 'a25bea736e30d166cdddb491f175f624',
-           't10k-images-idx3-ubyte': '2646ac647ad5339dbf082846283269ea',
-           't10k-labels-idx1-ubyte': '27ae3e4e09519cfbb04c329615203637'},
-    KMNIST={})
+_SUMS = dict(  # MD5 of unpacked files
+    FashionMNIST={
+        'train-images-idx3-ubyte': 'f4a8712d7a061bf5bd6d2ca38dc4d50a',
+        'train-labels-idx1-ubyte': '9018921c3c673c538a1fc5bad174d6f9',
+        't10k-images-idx3-ubyte': '8181f5470baa50b63fa0f6fddb340f0a',
+        't10k-labels-idx1-ubyte': '15d484375f8d13e6eb1aabb0c3f46965',
+    },
+    MNIST={
+        'train-images-idx3-ubyte': '6bbc9ace898e44ae57da46a324031adb',
+        'train-labels-idx1-ubyte': 'a25bea736e30d166cdddb491f175f624',
+        't10k-images-idx3-ubyte': '2646ac647ad5339dbf082846283269ea',
+        't10k-labels-idx1-ubyte': '27ae3e4e09519cfbb04c329615203637',
+    },
+    KMNIST={},
+)
+
 
 def _dataset(name):
     "torchvision's class, of which we use the lists of files, sums, mirrors and labels"
     from torchvision import datasets
+
     return getattr(datasets, _DATASETS[name])
+
 
 def _md5(content):
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
 
 def _unpack(content):
     "What is in a gzip archive, or nothing if it is broken; other content as it is"
@@ -107,75 +148,87 @@ def _expand(folder):
     try:
         return Path(folder).expanduser()
     except RuntimeError as e:
-        raise DataUnavailable(f"{folder}: {e}; set GENROBUST_DATA to the folder that holds, "
-                              "or shall hold, the data sets") from e
+        raise DataUnavailable(
+            f'{folder}: {e}; set GENROBUST_DATA to the folder that holds, '
+            'or shall hold, the data sets'
+        ) from e
 
-def data_root() -> Path: # `$GENROBUST_DATA`, else a folder in the user's cache
+
+def data_root() -> Path:  # `$GENROBUST_DATA`, else a folder in the user's cache
     "Where data sets are looked for, and downloaded to, unless told otherwise."
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
-    return _expand(os.environ.get('GENROBUST_DATA') or cache/'genrobust')
+    return _expand(os.environ.get('GENROBUST_DATA') or cache / 'genrobust')
+
 
 def _own_folder(dataset, root):
-    return root/dataset.__name__/'raw'
+    return root / dataset.__name__ / 'raw'
+
 
 def _judge(dataset, name, content):
     "The unpacked content of a file, or None if it is not the one of this name"
     inside = _unpack(content)
     known = _SUMS[dataset.__name__].get(name.removesuffix('.gz'))
-    right = _md5(content)==dict(dataset.resources)[name] or _md5(inside)==known
+    right = _md5(content) == dict(dataset.resources)[name] or _md5(inside) == known
     return inside if right else None
+
 
 def _is_of_another(name, content):
     return any(_judge(_dataset(other), name, content) is not None for other in _DATASETS)
 
+
 def _find(dataset, name, root):
     "The content of one of the four files, unpacked; None if it is not there"
     own, wrong = _own_folder(dataset, root), []
-    for folder in (own, root/'raw', root):
-        for path in (folder/name, folder/name.removesuffix('.gz')):
+    for folder in (own, root / 'raw', root):
+        for path in (folder / name, folder / name.removesuffix('.gz')):
             if not path.is_file():
                 continue
             content = path.read_bytes()
             inside = _judge(dataset, name, content)
             if inside is not None:
                 return inside
-            if folder==own or not _is_of_another(name, content):
+            if folder == own or not _is_of_another(name, content):
                 wrong.append(path)
     if wrong:
-        raise DataError(f"{wrong[0]} is corrupt or truncated: neither its MD5 sum nor that of its "
-                        f"content is that of {dataset.__name__}; delete it and load again "
-                        "to download it anew")
+        raise DataError(
+            f'{wrong[0]} is corrupt or truncated: neither its MD5 sum nor that of its '
+            f'content is that of {dataset.__name__}; delete it and load again '
+            'to download it anew'
+        )
 
 # %% ../nbs/00_data.ipynb #00-013d
 def download_url(
-    url:str, # Where from
-    seconds:float=15, # In each such span there must come
-    rate:int=10_000 # so many bytes a second
-) -> bytes: # Its content
+    url: str,  # Where from
+    seconds: float = 15,  # In each such span there must come
+    rate: int = 10_000,  # so many bytes a second
+) -> bytes:  # Its content
     "Download a file; an `OSError` if that fails, a `TimeoutError` if it takes too long."
     received, content = Queue(), bytearray()
+
     def receive():
         try:
-            with urlopen(url, timeout=2*seconds) as response:
+            with urlopen(url, timeout=2 * seconds) as response:
                 while part := response.read1(100_000):
                     received.put(part)
             received.put(None)
         except (OSError, ValueError, HTTPException) as e:
             received.put(e)
+
     Thread(target=receive, daemon=True).start()
-    deadline, needed = time.monotonic()+seconds, seconds*rate
+    deadline, needed = time.monotonic() + seconds, seconds * rate
     while True:
         try:
-            part = received.get(timeout=max(0, deadline-time.monotonic()))
+            part = received.get(timeout=max(0, deadline - time.monotonic()))
         except Empty:
-            raise TimeoutError(f"{len(content)} bytes came, and no more in time") from None
+            raise TimeoutError(f'{len(content)} bytes came, and no more in time') from None
         if part is None:
             return bytes(content)
         if isinstance(part, Exception):
-            raise part if isinstance(part, OSError) else OSError(f"{type(part).__name__}: {part}")
+            raise part if isinstance(part, OSError) else OSError(f'{type(part).__name__}: {part}')
         content += part
-        if len(content)>=needed:
-            deadline, needed = time.monotonic()+seconds, len(content)+seconds*rate
+        if len(content) >= needed:
+            deadline, needed = time.monotonic() + seconds, len(content) + seconds * rate
+
 
 def _download(dataset, name, folder, mirrors):
     "One file, unpacked, from the first of the mirrors that has it; a slow one leaves the list"
@@ -183,10 +236,10 @@ def _download(dataset, name, folder, mirrors):
     for mirror in list(mirrors):
         try:
             writable(folder)
-            content = download_url(mirror+name, seconds=min(15, 30/len(dataset.mirrors)))
+            content = download_url(mirror + name, seconds=min(15, 30 / len(dataset.mirrors)))
             inside = _judge(dataset, name, content)
             if inside is not None:
-                write_whole(folder/name, content)
+                write_whole(folder / name, content)
                 return inside
             errors.append(f'{mirror}: another file of {len(content)} bytes')
         except OSError as e:
@@ -194,9 +247,11 @@ def _download(dataset, name, folder, mirrors):
             if isinstance(e, TimeoutError):
                 mirrors.remove(mirror)
     raise DataUnavailable(
-        f"{dataset.__name__}: {name} is not in {folder} and could not be downloaded there "
-        f"({'; '.join(errors)}). Put the four archives there, or set GENROBUST_DATA "
-        "to the folder that holds them.")
+        f'{dataset.__name__}: {name} is not in {folder} and could not be downloaded there '
+        f'({"; ".join(errors)}). Put the four archives there, or set GENROBUST_DATA '
+        'to the folder that holds them.'
+    )
+
 
 def _unpacked(dataset, root, download):
     "Names and contents of the four files"
@@ -204,9 +259,12 @@ def _unpacked(dataset, root, download):
     for name, _ in dataset.resources:
         content = _find(dataset, name, root)
         if content is None and not download:
-            raise DataUnavailable(f"{dataset.__name__}: expected {folder/name}, found no such file; "
-                                  "load with download=True, or set GENROBUST_DATA to its folder")
+            raise DataUnavailable(
+                f'{dataset.__name__}: expected {folder / name}, found no such file; '
+                'load with download=True, or set GENROBUST_DATA to its folder'
+            )
         yield name.removesuffix('.gz'), content or _download(dataset, name, folder, mirrors)
+
 
 def _read(dataset, root, download):
     "`Images` for training and for testing, read by torchvision"
@@ -215,105 +273,183 @@ def _read(dataset, root, download):
         raw.mkdir(parents=True)
         for name, content in _unpacked(dataset, root, download):
             try:
-                (raw/name).write_bytes(content)
+                (raw / name).write_bytes(content)
             except OSError as e:
-                raise OSError(e.errno, e.strerror, str(raw/name)) from e
+                raise OSError(e.errno, e.strerror, str(raw / name)) from e
         parts = [dataset(tmp, train=train) for train in (True, False)]
-    return [check_images(part.data[:,None]/255, part.targets.long(), source=dataset.__name__)
-            for part in parts]
+    return [
+        check_images(part.data[:, None] / 255, part.targets.long(), source=dataset.__name__)
+        for part in parts
+    ]
 
 # %% ../nbs/00_data.ipynb #00-015
 N_VALID = 10_000
 
-def _split(pool:Images, test:Images) -> Splits:
+
+def _split(pool: Images, test: Images) -> Splits:
     order = torch.from_numpy(np.random.RandomState(0).permutation(len(pool.x)))
     valid, train = order[:N_VALID], order[N_VALID:]
     return Splits(Images(pool.x[train], pool.y[train]), Images(pool.x[valid], pool.y[valid]), test)
 
 # %% ../nbs/00_data.ipynb #00-019
-def _between(v, low, high): return np.minimum(v-low, high-v)
-def _box(u, v, half, top, bottom): return np.minimum(half-np.abs(u), _between(v, top, bottom))
-def _without(shape, hole): return np.minimum(shape, -hole)
-def _union(*shapes): return np.maximum.reduce(shapes)
+def _between(v, low, high):
+    return np.minimum(v - low, high - v)
+
+
+def _box(u, v, half, top, bottom):
+    return np.minimum(half - np.abs(u), _between(v, top, bottom))
+
+
+def _without(shape, hole):
+    return np.minimum(shape, -hole)
+
+
+def _union(*shapes):
+    return np.maximum.reduce(shapes)
+
 
 def _torso(u, v, r, hem):
-    neck = .22*r() - np.hypot(u, v+.85)
-    return _without(_box(u, v, .42+.1*(r()-1)-.05*v, -.8, hem), neck)
+    neck = 0.22 * r() - np.hypot(u, v + 0.85)
+    return _without(_box(u, v, 0.42 + 0.1 * (r() - 1) - 0.05 * v, -0.8, hem), neck)
 
-def _sleeves(u, v, r, length, width=.3):
+
+def _sleeves(u, v, r, length, width=0.3):
     "Two strips that leave the shoulders downwards; `length` in half-heights"
-    across, along = np.abs(u)-.4-.35*(v+.75), v+.8
-    return np.minimum(_between(across, -.1, width*r()), _between(along, 0, length))
+    across, along = np.abs(u) - 0.4 - 0.35 * (v + 0.75), v + 0.8
+    return np.minimum(_between(across, -0.1, width * r()), _between(along, 0, length))
+
 
 def _shoe(u, v, r):
-    sole = _box(u, v, .85, .32, .5)
-    upper = np.minimum(_box(u, v, .82, -.3, .4), v + .25 - .45*r()*(u+.2))
+    sole = _box(u, v, 0.85, 0.32, 0.5)
+    upper = np.minimum(_box(u, v, 0.82, -0.3, 0.4), v + 0.25 - 0.45 * r() * (u + 0.2))
     return _union(sole, upper)
 
-def _tshirt(u, v, r):   return _union(_torso(u, v, r, .8), _sleeves(u, v, r, .5))
-def _trouser(u, v, r):  return _without(_box(u, v, .42*r(), -.9, .9), _box(u, v, .03+.1*np.clip(v+.4, 0, 1), -.35, 2))
-def _pullover(u, v, r): return _union(_torso(u, v, r, .75), _sleeves(u, v, r, 1.35))
-def _dress(u, v, r):    return _box(u, v, .2*r()+.22*np.abs(v+.2), -.9, .9)
-def _coat(u, v, r):     return _without(_union(_torso(u, v, r, .92), _sleeves(u, v, r, 1.45)), _box(u, v, .045, -.6, 1))
-def _sandal(u, v, r):
-    strap = np.abs(np.abs(v-.1-.5*r()*u)-.18)
-    return _union(_box(u, v, .85, .36, .5), np.minimum(_box(u, v, .7, -.35, .45), .06-strap))
-def _shirt(u, v, r):
-    buttons = .07 - np.hypot(u, (v*r()*2.5+.1)%.5-.25)
-    return _without(_union(_torso(u, v, r, .8), _sleeves(u, v, r, 1.)), buttons)
-def _sneaker(u, v, r):  return _without(_shoe(u, v, r), _box(u-.1, v, .5, .24, .31))
-def _bag(u, v, r):
-    handle = .06 - np.abs(np.hypot(u, (v+.15)*.9)-.42*r())
-    return _union(_box(u, v, .75, -.1*r(), .7), np.minimum(handle, -v))
-def _boot(u, v, r):     return _union(_shoe(u, v, r), _box(u+.45, v, .36*r(), -.9, .4))
 
-_garments:list[Callable] = [_tshirt, _trouser, _pullover, _dress, _coat, _sandal, _shirt, _sneaker, _bag, _boot]
+def _tshirt(u, v, r):
+    return _union(_torso(u, v, r, 0.8), _sleeves(u, v, r, 0.5))
+
+
+def _trouser(u, v, r):
+    return _without(
+        _box(u, v, 0.42 * r(), -0.9, 0.9), _box(u, v, 0.03 + 0.1 * np.clip(v + 0.4, 0, 1), -0.35, 2)
+    )
+
+
+def _pullover(u, v, r):
+    return _union(_torso(u, v, r, 0.75), _sleeves(u, v, r, 1.35))
+
+
+def _dress(u, v, r):
+    return _box(u, v, 0.2 * r() + 0.22 * np.abs(v + 0.2), -0.9, 0.9)
+
+
+def _coat(u, v, r):
+    return _without(
+        _union(_torso(u, v, r, 0.92), _sleeves(u, v, r, 1.45)), _box(u, v, 0.045, -0.6, 1)
+    )
+
+
+def _sandal(u, v, r):
+    strap = np.abs(np.abs(v - 0.1 - 0.5 * r() * u) - 0.18)
+    return _union(
+        _box(u, v, 0.85, 0.36, 0.5), np.minimum(_box(u, v, 0.7, -0.35, 0.45), 0.06 - strap)
+    )
+
+
+def _shirt(u, v, r):
+    buttons = 0.07 - np.hypot(u, (v * r() * 2.5 + 0.1) % 0.5 - 0.25)
+    return _without(_union(_torso(u, v, r, 0.8), _sleeves(u, v, r, 1.0)), buttons)
+
+
+def _sneaker(u, v, r):
+    return _without(_shoe(u, v, r), _box(u - 0.1, v, 0.5, 0.24, 0.31))
+
+
+def _bag(u, v, r):
+    handle = 0.06 - np.abs(np.hypot(u, (v + 0.15) * 0.9) - 0.42 * r())
+    return _union(_box(u, v, 0.75, -0.1 * r(), 0.7), np.minimum(handle, -v))
+
+
+def _boot(u, v, r):
+    return _union(_shoe(u, v, r), _box(u + 0.45, v, 0.36 * r(), -0.9, 0.4))
+
+
+_garments: list[Callable] = [
+    _tshirt,
+    _trouser,
+    _pullover,
+    _dress,
+    _coat,
+    _sandal,
+    _shirt,
+    _sneaker,
+    _bag,
+    _boot,
+]
 
 # %% ../nbs/00_data.ipynb #00-020
 def _draw(garment, n, rng):
     "`n` pictures `[n,28,28]` of one garment, each with a random cut, place, slant, mirror side, shade, light and noise"
-    def r(spread=.25): return rng.uniform(1-spread, 1+spread, (n,1,1)).astype(np.float32)
-    def signed(size): return size*(r(1)-1)
-    v, u = np.mgrid[-1:1:28j, -1:1:28j].astype(np.float32)[:,None]
-    flip = rng.choice(np.float32([-1,1]), (n,1,1))
-    u, v = flip*(u-signed(.3))*r(.25)*1.15, (v-signed(.2))*r(.2)*1.1
-    slant = signed(.4)
-    inside = np.clip(14*garment(u+slant*v, v-slant*u, r)+.5, 0, 1)
-    cloth = .6*r(.5) + signed(.3)*u + signed(.3)*v + .12*r()*np.sin(20*r(.5)*(u*signed(1)+v))
-    return np.clip(inside*cloth + rng.normal(0, .12, inside.shape)*r(.8), 0, 1).astype(np.float32)
+
+    def r(spread=0.25):
+        return rng.uniform(1 - spread, 1 + spread, (n, 1, 1)).astype(np.float32)
+
+    def signed(size):
+        return size * (r(1) - 1)
+
+    v, u = np.mgrid[-1:1:28j, -1:1:28j].astype(np.float32)[:, None]
+    flip = rng.choice(np.float32([-1, 1]), (n, 1, 1))
+    u, v = flip * (u - signed(0.3)) * r(0.25) * 1.15, (v - signed(0.2)) * r(0.2) * 1.1
+    slant = signed(0.4)
+    inside = np.clip(14 * garment(u + slant * v, v - slant * u, r) + 0.5, 0, 1)
+    cloth = (
+        0.6 * r(0.5)
+        + signed(0.3) * u
+        + signed(0.3) * v
+        + 0.12 * r() * np.sin(20 * r(0.5) * (u * signed(1) + v))
+    )
+    return np.clip(inside * cloth + rng.normal(0, 0.12, inside.shape) * r(0.8), 0, 1).astype(
+        np.float32
+    )
+
 
 def synthetic(
-    n:int, # Number of images, as nearly as possible the same for each class
-    seed:int=0 # Another seed, other images
-) -> Images: # Shuffled
+    n: int,  # Number of images, as nearly as possible the same for each class
+    seed: int = 0,  # Another seed, other images
+) -> Images:  # Shuffled
     "Garment silhouettes drawn by numpy: what tests and machines without a network run on."
     rng = np.random.default_rng(seed)
-    y = np.arange(n)%10
-    x = np.empty((n,1,28,28), np.float32)
-    for c, garment in enumerate(_garments): x[y==c,0] = _draw(garment, int((y==c).sum()), rng)
+    y = np.arange(n) % 10
+    x = np.empty((n, 1, 28, 28), np.float32)
+    for c, garment in enumerate(_garments):
+        x[y == c, 0] = _draw(garment, int((y == c).sum()), rng)
     order = rng.permutation(n)
     return check_images(torch.from_numpy(x[order]), torch.from_numpy(y[order]), source='synthetic')
 
 # %% ../nbs/00_data.ipynb #00-024
 def _check_name(name):
-    if name not in _DATASETS and name!='synthetic':
-        raise DataError(f"no data set {name!r}; there are {', '.join([*_DATASETS, 'synthetic'])}")
+    if name not in _DATASETS and name != 'synthetic':
+        raise DataError(f'no data set {name!r}; there are {", ".join([*_DATASETS, "synthetic"])}')
+
 
 def load(
-    name:str='fashion_mnist', # 'fashion_mnist', 'mnist', 'kmnist' or 'synthetic'
-    root:str|Path|None=None, # Folder of the four files, or of `FashionMNIST/raw`; default `data_root()`
-    download:bool=True # Whether missing files may be downloaded, to `FashionMNIST/raw`
-) -> Splits: # 50,000, 10,000 and 10,000 images
+    name: str = 'fashion_mnist',  # 'fashion_mnist', 'mnist', 'kmnist' or 'synthetic'
+    root: str
+    | Path
+    | None = None,  # Folder of the four files, or of `FashionMNIST/raw`; default `data_root()`
+    download: bool = True,  # Whether missing files may be downloaded, to `FashionMNIST/raw`
+) -> Splits:  # 50,000, 10,000 and 10,000 images
     "Load a data set in three parts; validation images are drawn from the training images, always the same."
     _check_name(name)
-    if name=='synthetic':
+    if name == 'synthetic':
         return _split(synthetic(60_000, seed=0), synthetic(10_000, seed=1))
     return _split(*_read(_dataset(name), data_root() if root is None else _expand(root), download))
 
+
 def load_or_synthetic(
-    root:str|Path|None=None, # As for `load`
-    say:Callable=print # Told when it is the stand-in
-) -> tuple[str, Splits]: # 'fashion_mnist' or 'synthetic', and its images
+    root: str | Path | None = None,  # As for `load`
+    say: Callable = print,  # Told when it is the stand-in
+) -> tuple[str, Splits]:  # 'fashion_mnist' or 'synthetic', and its images
     "Fashion-MNIST where it is on disk or can be downloaded, else the stand-in, which it says."
     try:
         return 'fashion_mnist', load('fashion_mnist', root)
@@ -321,41 +457,66 @@ def load_or_synthetic(
         say(f'synthetic images stand in for Fashion-MNIST: {e}')
         return 'synthetic', load('synthetic')
 
+
 def class_names(
-    name:str # As for `load`
-) -> list[str]: # Ten names, by label
+    name: str,  # As for `load`
+) -> list[str]:  # Ten names, by label
     "What the labels of a data set mean."
     _check_name(name)
-    return _dataset('fashion_mnist' if name=='synthetic' else name).classes
+    return _dataset('fashion_mnist' if name == 'synthetic' else name).classes
 
 # %% ../nbs/00_data.ipynb #00-026
 def digits(
-    n:int=1797 # How many, all at most
-) -> Images: # Labels are the digits
+    n: int = 1797,  # How many, all at most
+) -> Images:  # Labels are the digits
     "Handwritten digits in the size of Fashion-MNIST's images (scikit-learn's; Alpaydin and Kaynak, 1998)."
     from sklearn.datasets import load_digits
+
     found = load_digits()
-    if not 0<n<=len(found.target): raise DataError(f"there are {len(found.target)} digits, not {n}")
-    return Images(F.interpolate(torch.tensor(found.images[:n,None]).float()/16, size=28, mode='bilinear'), torch.tensor(found.target[:n]))
+    if not 0 < n <= len(found.target):
+        raise DataError(f'there are {len(found.target)} digits, not {n}')
+    return Images(
+        F.interpolate(torch.tensor(found.images[:n, None]).float() / 16, size=28, mode='bilinear'),
+        torch.tensor(found.target[:n]),
+    )
 
 # %% ../nbs/00_data.ipynb #00-029
 def set_style() -> None:
     "Colours and style of every plot of the book."
     import seaborn as sns
-    sns.set_theme(context='notebook', style='whitegrid', palette='colorblind', rc={'figure.dpi': 100, 'axes.spines.top': False, 'axes.spines.right': False})
+
+    sns.set_theme(
+        context='notebook',
+        style='whitegrid',
+        palette='colorblind',
+        rc={'figure.dpi': 100, 'axes.spines.top': False, 'axes.spines.right': False},
+    )
+
 
 def show_images(
-    x:Tensor, # `[N,1,28,28]` in [0, 1]
-    titles:list[str]|None=None, # One for each image
-    columns:int=10, # Images in a row
-    scale:float=1. # Inches an image
+    x: Tensor,  # `[N,1,28,28]` in [0, 1]
+    titles: list[str] | None = None,  # One for each image
+    columns: int = 10,  # Images in a row
+    scale: float = 1.0,  # Inches an image
 ) -> "'plt.Figure'":
     "A grid of grey images."
     import matplotlib.pyplot as plt
-    rows, lines = -(-len(x)//columns), max(title.count('\n')+1 for title in titles) if titles else 0
-    fig, axes = plt.subplots(rows, columns, figsize=(columns*scale, rows*(scale+.15*lines)), squeeze=False, layout='constrained')
-    for ax in axes.flat: ax.axis('off')
+
+    rows, lines = (
+        -(-len(x) // columns),
+        max(title.count('\n') + 1 for title in titles) if titles else 0,
+    )
+    fig, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(columns * scale, rows * (scale + 0.15 * lines)),
+        squeeze=False,
+        layout='constrained',
+    )
+    for ax in axes.flat:
+        ax.axis('off')
     for n, (ax, image) in enumerate(zip(axes.flat, x)):
         ax.imshow(image[0].detach().cpu().numpy(), cmap='gray', vmin=0, vmax=1)
-        if titles: ax.set_title(titles[n], fontsize=8)
+        if titles:
+            ax.set_title(titles[n], fontsize=8)
     return fig

@@ -1,5 +1,9 @@
 "Run notebooks and save what they show, or print the index as README.md: `python tests/notebooks.py fast|slow [NAME...]`, or `readme`."
-import os, re, shutil, sys
+
+import os
+import re
+import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -7,49 +11,66 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
 def directives(cell):
     "The nbdev directives of a cell: the words after `#|`"
     return {line[2:].split()[0] for line in cell.source.splitlines() if line.startswith('#|')}
+
 
 def execute(*names, slow):
     "Run all notebooks, or those named, in place; without `slow`, slow cells keep the outputs they have."
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
-    os.chdir(ROOT/'nbs')
+
+    os.chdir(ROOT / 'nbs')
     for path in sorted(Path().glob('*.ipynb')):
-        if names and path.stem not in names: continue
+        if names and path.stem not in names:
+            continue
         print(path.name, flush=True)
         nb, shell = read_nb(path), CaptureShell(path, mpl_format='png')
         for cell in nb.cells:
-            if cell.cell_type!='code' or 'slow' in directives(cell) and not slow: continue
+            if cell.cell_type != 'code' or 'slow' in directives(cell) and not slow:
+                continue
             cell.outputs = []
             shell.cell(cell)
-            if shell.exc: sys.exit(f'{path}: {shell.prettytb(path)}')
+            if shell.exc:
+                sys.exit(f'{path}: {shell.prettytb(path)}')
         write_nb(nb, path)
+
 
 def readme():
     "README.md as text, and its figures by their path: the index without hidden cells and directives."
-    nb = nbformat.read(ROOT/'nbs/index.ipynb', as_version=4)
+    nb = nbformat.read(ROOT / 'nbs/index.ipynb', as_version=4)
     nb.metadata.language_info = dict(name='python')
     nb.cells = [cell for cell in nb.cells if 'hide' not in directives(cell)]
     alts = re.findall('^#\\| fig-alt: (.*)', '\n'.join(cell.source for cell in nb.cells), re.M)
     for cell in nb.cells:
         cell.metadata.transient = dict(remove_source='echo:' in directives(cell))
-        cell.source = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('#|'))
-    text, resources = MarkdownExporter().from_notebook_node(nb, dict(output_files_dir='results/readme', unique_key='figure'))
+        cell.source = '\n'.join(
+            line for line in cell.source.splitlines() if not line.startswith('#|')
+        )
+    text, resources = MarkdownExporter().from_notebook_node(
+        nb, dict(output_files_dir='results/readme', unique_key='figure')
+    )
     text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text)  # pages of the site are files in nbs/
-    for alt in alts: text = text.replace('![png]', f'![{alt}]', 1)
-    text = re.sub(r'\n{3,}', '\n\n', '\n'.join(line.rstrip() for line in text.strip().splitlines()))+'\n'
+    for alt in alts:
+        text = text.replace('![png]', f'![{alt}]', 1)
+    text = (
+        re.sub(r'\n{3,}', '\n\n', '\n'.join(line.rstrip() for line in text.strip().splitlines()))
+        + '\n'
+    )
     return text, resources['outputs']
+
 
 def write_readme():
     text, figures = readme()
-    (ROOT/'README.md').write_text(text, encoding='utf-8')
-    shutil.rmtree(ROOT/'results/readme', ignore_errors=True)
+    (ROOT / 'README.md').write_text(text, encoding='utf-8')
+    shutil.rmtree(ROOT / 'results/readme', ignore_errors=True)
     for name, content in figures.items():
-        (ROOT/name).parent.mkdir(parents=True, exist_ok=True)
-        (ROOT/name).write_bytes(content)
+        (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / name).write_bytes(content)
 
-if __name__=='__main__':
+
+if __name__ == '__main__':
     command, *names = sys.argv[1:]
-    write_readme() if command=='readme' else execute(*names, slow=command=='slow')
+    write_readme() if command == 'readme' else execute(*names, slow=command == 'slow')

@@ -1,31 +1,52 @@
 "Attacks made for Bayes classifiers and for detectors: what each view promises, on small models."
+
 import json
 
 import pytest
 import torch
+from test_detection import Prototypes, model, splits  # the last two are fixtures
 
-from genrobust.adaptive import AVERAGES, Averaged, Guarded, Through, evade, slipped
+from genrobust.adaptive import (
+    AVERAGES,
+    Averaged,
+    DetectorAugmented,
+    FactorGradient,
+    attack_with_detector,
+    evasion_rate,
+)
 from genrobust.attacks import AttackResult, apgd, carlini_wagner, deepfool, fgsm, random_noise
 from genrobust.detection import DETECTORS, REJECTED, KLDetector, LogitDetector, fit_detectors
 from genrobust.models import CNN, FACTORISATIONS, BayesClassifier
-from test_detection import Prototypes, model, splits  # the last two are fixtures
 
-def small(name='GFZ'): return BayesClassifier(name, latent=4, hidden=16, n_samples=2).eval().requires_grad_(False)
+
+def small(name='GFZ'):
+    return BayesClassifier(name, latent=4, hidden=16, n_samples=2).eval().requires_grad_(False)
+
 
 @pytest.fixture(scope='module')
-def x(splits): return splits.test.x[:6]
+def x(splits):
+    return splits.test.x[:6]
+
+
 @pytest.fixture(scope='module')
-def guards(model, splits): return fit_detectors(model, splits.train, splits.valid)
+def guards(model, splits):
+    return fit_detectors(model, splits.train, splits.valid)
+
 
 def ready(clf):
     "A detector that lets everything pass"
     detector = KLDetector(clf)
-    detector.statistics, detector.threshold = dict(usual=torch.full((10,10), .1), mean=torch.zeros(10), std=torch.ones(10)), 1e6
+    detector.statistics, detector.threshold = (
+        dict(usual=torch.full((10, 10), 0.1), mean=torch.zeros(10), std=torch.ones(10)),
+        1e6,
+    )
     return detector
+
 
 def gradient(model, x, c=0):
     x = x.clone().requires_grad_()
-    return torch.autograd.grad(model(x)[:,c].sum(), x)[0]
+    return torch.autograd.grad(model(x)[:, c].sum(), x)[0]
+
 
 @pytest.mark.parametrize('of', AVERAGES)
 def test_averages_are_those_of_their_definitions(of, x):
@@ -34,123 +55,248 @@ def test_averages_are_those_of_their_definitions(of, x):
     noise = clf.averaged(draws, 5).noise.split(clf.n_samples, 1)
     logits = torch.stack([clf(x.double(), n) for n in noise], -1)
     p = logits.softmax(1)
-    expected = dict(losses=(p.log()-(1-p).log()).mean(-1), probabilities=p.mean(-1).log(), logits=logits.mean(-1), samples=(logits-logits.amax()).exp().mean(-1).log()+logits.amax())
-    assert torch.allclose(Averaged(clf, draws, of, 5)(x.double()), expected[of], rtol=1e-6, atol=1e-6)
+    expected = dict(
+        losses=(p.log() - (1 - p).log()).mean(-1),
+        probabilities=p.mean(-1).log(),
+        logits=logits.mean(-1),
+        samples=(logits - logits.amax()).exp().mean(-1).log() + logits.amax(),
+    )
+    assert torch.allclose(
+        Averaged(clf, draws, of, 5)(x.double()), expected[of], rtol=1e-6, atol=1e-6
+    )
+
 
 def test_averages_stay_finite_where_probabilities_are_0_and_1():
-    logits = torch.tensor([[0., -900.], [-900., 0.], [-400., -450.]])[None].requires_grad_()
+    logits = torch.tensor([[0.0, -900.0], [-900.0, 0.0], [-400.0, -450.0]])[None].requires_grad_()
     for of, average in AVERAGES.items():
         value = average(logits)
-        g, = torch.autograd.grad(value[0,0], logits)
-        assert value.isfinite().all() and g.isfinite().all() and (of=='probabilities' or g.abs().sum()>0), of
+        (g,) = torch.autograd.grad(value[0, 0], logits)
+        assert (
+            value.isfinite().all()
+            and g.isfinite().all()
+            and (of == 'probabilities' or g.abs().sum() > 0)
+        ), of
 
-@pytest.mark.parametrize('make, noise', [(lambda clf: Averaged(clf, 3), dict(seed=0, n_samples=2, draws=3, average='probabilities')), (lambda clf: Averaged(clf, 2, 'losses', 4), dict(seed=4, n_samples=2, draws=2, average='losses')),
-                                         (lambda clf: Through(clf.fixed(1), 'xq'), dict(seed=1, n_samples=2, draws=1, through='xq'))], ids=['probabilities', 'losses', 'through'])
+
+@pytest.mark.parametrize(
+    'make, noise',
+    [
+        (lambda clf: Averaged(clf, 3), dict(seed=0, n_samples=2, draws=3, average='probabilities')),
+        (
+            lambda clf: Averaged(clf, 2, 'losses', 4),
+            dict(seed=4, n_samples=2, draws=2, average='losses'),
+        ),
+        (
+            lambda clf: FactorGradient(clf.fixed(1), 'xq'),
+            dict(seed=1, n_samples=2, draws=1, through='xq'),
+        ),
+    ],
+    ids=['probabilities', 'losses', 'through'],
+)
 def test_a_view_is_attacked_like_any_model(make, noise, x, tmp_path):
     "The same alone as in a batch (in float64, where no sign hangs on rounding), one gradient a step, and the record says what was attacked"
     view, x = make(small().double()), x.double()
-    result = apgd(view, x, eps=.2, steps=4)
-    assert torch.allclose(result.x_adv[:2], apgd(view, x[:2], eps=.2, steps=4).x_adv)
-    assert (result.backwards==4).all()
-    assert result.settings['noise']==noise
-    result.save(tmp_path/'r')
-    assert AttackResult.load(tmp_path/'r').settings==json.loads(json.dumps(result.settings))
+    result = apgd(view, x, eps=0.2, steps=4)
+    assert torch.allclose(result.x_adv[:2], apgd(view, x[:2], eps=0.2, steps=4).x_adv)
+    assert (result.backwards == 4).all()
+    assert result.settings['noise'] == noise
+    result.save(tmp_path / 'r')
+    assert AttackResult.load(tmp_path / 'r').settings == json.loads(json.dumps(result.settings))
+
 
 @pytest.mark.parametrize('name', FACTORISATIONS)
 def test_gradients_through_the_factors_add_up(name, x):
     still, f = small(name).averaged(2, 3), FACTORISATIONS[name]
-    factors = [k for k in 'xyzq' if not (k=='x' and f.x is None or k=='y' and f.y is None)]
+    factors = [k for k in 'xyzq' if not (k == 'x' and f.x is None or k == 'y' and f.y is None)]
     whole = gradient(still, x)
-    assert torch.equal(Through(still, 'z')(x), still(x))
-    assert (sum(gradient(Through(still, k), x) for k in factors)-whole).norm() <= 1e-4*whole.norm()
-    assert torch.allclose(gradient(Through(still, 'zq'), x), gradient(Through(still, 'z'), x)+gradient(Through(still, 'q'), x), atol=1e-4*whole.abs().max().item())
+    assert torch.equal(FactorGradient(still, 'z')(x), still(x))
+    assert (
+        sum(gradient(FactorGradient(still, k), x) for k in factors) - whole
+    ).norm() <= 1e-4 * whole.norm()
+    assert torch.allclose(
+        gradient(FactorGradient(still, 'zq'), x),
+        gradient(FactorGradient(still, 'z'), x) + gradient(FactorGradient(still, 'q'), x),
+        atol=1e-4 * whole.abs().max().item(),
+    )
+
 
 @pytest.mark.parametrize('kind', DETECTORS)
 def test_a_guarded_model_answers_what_its_detector_does(kind, model, guards, splits):
     "On clean images, noisy ones and noise alone"
-    images = torch.cat([splits.test.x, random_noise(model, splits.test.x[:100], eps=.5).x_adv, torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0))])
-    answer = Guarded(model, guards[kind])(images).argmax(1)
-    assert torch.equal(answer.where(answer<10, REJECTED), guards[kind](images))
+    images = torch.cat(
+        [
+            splits.test.x,
+            random_noise(model, splits.test.x[:100], eps=0.5).x_adv,
+            torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0)),
+        ]
+    )
+    answer = DetectorAugmented(model, guards[kind])(images).argmax(1)
+    assert torch.equal(answer.where(answer < 10, REJECTED), guards[kind](images))
     assert {REJECTED} < set(guards[kind](images).tolist())
+
 
 def test_the_gradient_leads_back_to_what_is_violated_alone(model, guards, splits):
     "To the score where the class leads, to the lead where it would pass, to both where neither holds"
     detector, images = guards['logit'], splits.test.x[:300]
     logits = model(images)
-    guard, slack, lead = Guarded(model, detector), detector.slack(logits), logits-logits.amax(1, keepdim=True)
+    guard, slack, lead = (
+        DetectorAugmented(model, detector),
+        detector.slack(logits),
+        logits - logits.amax(1, keepdim=True),
+    )
     for leads, passes in ((True, False), (False, True), (False, False)):
-        where = ((lead==0)==leads) & ((slack>0)==passes)
+        where = ((lead == 0) == leads) & ((slack > 0) == passes)
         assert len(where.nonzero()) >= 3
         for n, c in where.nonzero()[:3].tolist():
-            x = images[n:n+1]
-            to_pass, to_lead = gradient(model, x, c), gradient(model, x, c)-gradient(model, x, logits[n].argmax().item())
-            assert torch.allclose(gradient(guard, x, c), to_pass*(not passes)+to_lead*(not leads), atol=1e-4)
+            x = images[n : n + 1]
+            to_pass, to_lead = (
+                gradient(model, x, c),
+                gradient(model, x, c) - gradient(model, x, logits[n].argmax().item()),
+            )
+            assert torch.allclose(
+                gradient(guard, x, c), to_pass * (not passes) + to_lead * (not leads), atol=1e-4
+            )
+
 
 def test_slack_is_below_zero_where_a_class_would_be_turned_away(model, guards, splits):
     for detector in guards.values():
         logits = model(splits.test.x[:50])
-        label = torch.arange(50)%10
-        slack = detector.slack(logits).gather(1, label[:,None]).squeeze(1)
-        assert torch.equal(slack<0, detector.judge(logits, label)>detector.threshold)
+        label = torch.arange(50) % 10
+        slack = detector.slack(logits).gather(1, label[:, None]).squeeze(1)
+        assert torch.equal(slack < 0, detector.judge(logits, label) > detector.threshold)
         assert torch.allclose(detector.judge(logits, logits.argmax(1)), detector.judge(logits))
-    expected = (guards['logit'].sign*(logits[range(50), label]-guards['logit'].statistics['mean'][label])/guards['logit'].statistics['std'][label])
+    expected = (
+        guards['logit'].sign
+        * (logits[range(50), label] - guards['logit'].statistics['mean'][label])
+        / guards['logit'].statistics['std'][label]
+    )
     assert torch.allclose(guards['logit'].judge(logits, label), expected)
-    with pytest.raises(ValueError, match='call calibrate first'): LogitDetector(model).fit(splits.train).slack(logits)
+    with pytest.raises(ValueError, match='call calibrate first'):
+        LogitDetector(model).fit(splits.train).slack(logits)
 
-@pytest.mark.parametrize('attack', [lambda *a, **k: apgd(*a, eps=.5, steps=20, **k), deepfool, lambda *a, **k: carlini_wagner(*a, binary_search_steps=3, steps=60, **k)], ids=['apgd', 'deepfool', 'carlini_wagner'])
+
+@pytest.mark.parametrize(
+    'attack',
+    [
+        lambda *a, **k: apgd(*a, eps=0.5, steps=20, **k),
+        deepfool,
+        lambda *a, **k: carlini_wagner(*a, binary_search_steps=3, steps=60, **k),
+    ],
+    ids=['apgd', 'deepfool', 'carlini_wagner'],
+)
 @pytest.mark.parametrize('kind', DETECTORS)
 def test_successes_are_let_through_as_their_target(kind, attack, model, guards, splits):
     x, y = splits.test.x[:10], model(splits.test.x[:10]).argmax(1)
-    result = evade(attack, model, guards[kind], x, y)
+    result = attack_with_detector(attack, model, guards[kind], x, y)
     assert result.success.sum() >= 3
     assert torch.equal(guards[kind](result.x_adv[result.success]), result.target[result.success])
-    assert torch.equal(result.initially_wrong, guards[kind](x)!=y)
-    assert torch.equal(result.target, Guarded(model, guards[kind])(x)[:,:10].scatter(1, y[:,None], -torch.inf).argmax(1))
+    assert torch.equal(result.initially_wrong, guards[kind](x) != y)
+    assert torch.equal(
+        result.target,
+        DetectorAugmented(model, guards[kind])(x)[:, :10]
+        .scatter(1, y[:, None], -torch.inf)
+        .argmax(1),
+    )
     assert set(result.y_adv.tolist()) <= {REJECTED, *range(10)}
-    share = slipped(result, guards[kind], draws=2)
-    assert (share[result.success]==1).all() and share[result.initially_wrong].isnan().all()
+    share = evasion_rate(result, guards[kind], draws=2)
+    assert (share[result.success] == 1).all() and share[result.initially_wrong].isnan().all()
+
 
 def test_who_knows_the_detector_slips_past_it_more_often(model, guards, splits):
     x, y = splits.test.x[:40], splits.test.y[:40]
-    unaware, aware = apgd(model, x, y, eps=.5, steps=20), evade(apgd, model, guards['logit'], x, y, eps=.5, steps=20)
-    assert slipped(aware, guards['logit'], draws=1).nanmean() > slipped(unaware, guards['logit'], draws=1).nanmean()+.2
+    unaware, aware = (
+        apgd(model, x, y, eps=0.5, steps=20),
+        attack_with_detector(apgd, model, guards['logit'], x, y, eps=0.5, steps=20),
+    )
+    assert (
+        evasion_rate(aware, guards['logit'], draws=1).nanmean()
+        > evasion_rate(unaware, guards['logit'], draws=1).nanmean() + 0.2
+    )
+
 
 def test_a_model_that_draws_noise_is_attacked_on_noise_of_its_own_seed(x):
     clf = small()
     detector = ready(clf)
     y = clf.fixed(3)(x).argmax(1)
-    result = evade(fgsm, clf, detector, x, y, seed=3, target=(y+1)%10)
-    assert result.settings['noise']['seed']==3 and result.settings['noise']['detector']=='kl'
-    assert torch.equal(result.x_adv, evade(fgsm, clf.fixed(3), detector, x, y, seed=3, target=(y+1)%10).x_adv)
+    result = attack_with_detector(fgsm, clf, detector, x, y, seed=3, target=(y + 1) % 10)
+    assert result.settings['noise']['seed'] == 3 and result.settings['noise']['detector'] == 'kl'
+    assert torch.equal(
+        result.x_adv,
+        attack_with_detector(fgsm, clf.fixed(3), detector, x, y, seed=3, target=(y + 1) % 10).x_adv,
+    )
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    first, second = slipped(result, detector, 5, seed=1), slipped(result, detector, 5, seed=1)
+    first, second = (
+        evasion_rate(result, detector, 5, seed=1),
+        evasion_rate(result, detector, 5, seed=1),
+    )
     assert not result.initially_wrong.any()
     assert torch.equal(first, second) and torch.equal(torch.rand(3), expected)
 
+
 def test_every_draw_is_a_new_one_and_none_is_the_attacks(splits):
-    noisy = Prototypes(splits.train, noise=20.).eval().requires_grad_(False)
+    noisy = Prototypes(splits.train, noise=20.0).eval().requires_grad_(False)
     torch.manual_seed(0)
     detector = KLDetector(noisy).fit(splits.train).calibrate(splits.valid)
-    share = slipped(random_noise(noisy, splits.test.x[:200], splits.test.y[:200], eps=.1), detector, draws=10)
-    assert ((share>0) & (share<1)).sum() >= 5
+    share = evasion_rate(
+        random_noise(noisy, splits.test.x[:200], splits.test.y[:200], eps=0.1), detector, draws=10
+    )
+    assert ((share > 0) & (share < 1)).sum() >= 5
+
     class Recorded(BayesClassifier):
         seen = []
+
         def _draw(self, *shape):
             self.seen.append(super()._draw(*shape))
             return self.seen[-1]
+
     clf = Recorded('GFZ', latent=4, hidden=16, n_samples=2).eval().requires_grad_(False)
-    slipped(random_noise(clf.fixed(0), splits.test.x[:3], eps=.1), ready(clf), draws=2)
-    assert len(clf.seen)==2 and not torch.isin(clf.seen[0], torch.cat([clf.fixed(0).noise.flatten(), clf.seen[1].flatten()])).any()
+    evasion_rate(random_noise(clf.fixed(0), splits.test.x[:3], eps=0.1), ready(clf), draws=2)
+    assert (
+        len(clf.seen) == 2
+        and not torch.isin(
+            clf.seen[0], torch.cat([clf.fixed(0).noise.flatten(), clf.seen[1].flatten()])
+        ).any()
+    )
+
 
 def test_bad_input_is_one_clear_error(model, guards, splits, x):
     clf, y = small(), splits.test.y[:6]
-    for act, message in [(lambda: Averaged(clf, 3, 'means'), 'of must be one of losses, probabilities, samples, logits'), (lambda: Guarded(clf.fresh(), guards['kl']), 'draws noise at every call'), (lambda: Through(small('DFX').fixed(0), 'x'), 'DFX has no others'), (lambda: Through(small('GFY').fixed(0), 'xy'), 'GFY has no others'),
-                         (lambda: Guarded(CNN().eval(), guards['kl']), 'another network'), (lambda: Guarded(Averaged(clf, 2), ready(clf)), 'log-densities'), (lambda: evade(apgd, model, guards['kl'], x, y, target=10), 'target must lie'), (lambda: evade(apgd, model, guards['kl'], x, y+9), 'y must lie'), (lambda: evade(apgd, model, guards['kl'], x, None), 'y must be integers'), (lambda: Averaged(CNN().eval(), 3), 'expected a BayesClassifier'), (lambda: Averaged(clf.fixed(0), 3), 'expected a BayesClassifier'),
-                         (lambda: Averaged(clf, 0), 'draws'), (lambda: Through(clf, 'x'), 'draws noise at every call'), (lambda: Through(model, 'x'), 'expected clf.fixed'), (lambda: Through(clf.fixed(0), ''), "factors must be some of"),
-                         (lambda: Through(clf.fixed(0), 'xw'), "found 'xw'"), (lambda: Through(clf.fixed(0), 3), 'factors must be'), (lambda: Guarded(clf, guards['logit']), 'draws noise at every call'),
-                         (lambda: Guarded(model, LogitDetector(model)), 'fitted and calibrated'), (lambda: Guarded(model, model), 'fitted and calibrated'), (lambda: evade(apgd, model, LogitDetector(model).fit(splits.train), x, y), 'fitted and calibrated'),
-                         (lambda: evade(apgd, model, guards['kl'], x, y[:3]), 'y must be integers'),
-                         (lambda: slipped(apgd(model, x, eps=.1, steps=1), guards['kl'], draws=0), 'draws'), (lambda: slipped(x, guards['kl']), 'expected an AttackResult')]:
-        with pytest.raises(ValueError, match=message): act()
+    for act, message in [
+        (
+            lambda: Averaged(clf, 3, 'means'),
+            'of must be one of losses, probabilities, samples, logits',
+        ),
+        (lambda: DetectorAugmented(clf.fresh(), guards['kl']), 'draws noise at every call'),
+        (lambda: FactorGradient(small('DFX').fixed(0), 'x'), 'DFX has no others'),
+        (lambda: FactorGradient(small('GFY').fixed(0), 'xy'), 'GFY has no others'),
+        (lambda: DetectorAugmented(CNN().eval(), guards['kl']), 'another network'),
+        (lambda: DetectorAugmented(Averaged(clf, 2), ready(clf)), 'log-densities'),
+        (
+            lambda: attack_with_detector(apgd, model, guards['kl'], x, y, target=10),
+            'target must lie',
+        ),
+        (lambda: attack_with_detector(apgd, model, guards['kl'], x, y + 9), 'y must lie'),
+        (lambda: attack_with_detector(apgd, model, guards['kl'], x, None), 'y must be integers'),
+        (lambda: Averaged(CNN().eval(), 3), 'expected a BayesClassifier'),
+        (lambda: Averaged(clf.fixed(0), 3), 'expected a BayesClassifier'),
+        (lambda: Averaged(clf, 0), 'draws'),
+        (lambda: FactorGradient(clf, 'x'), 'draws noise at every call'),
+        (lambda: FactorGradient(model, 'x'), 'expected clf.fixed'),
+        (lambda: FactorGradient(clf.fixed(0), ''), 'factors must be some of'),
+        (lambda: FactorGradient(clf.fixed(0), 'xw'), "found 'xw'"),
+        (lambda: FactorGradient(clf.fixed(0), 3), 'factors must be'),
+        (lambda: DetectorAugmented(clf, guards['logit']), 'draws noise at every call'),
+        (lambda: DetectorAugmented(model, LogitDetector(model)), 'fitted and calibrated'),
+        (lambda: DetectorAugmented(model, model), 'fitted and calibrated'),
+        (
+            lambda: attack_with_detector(apgd, model, LogitDetector(model).fit(splits.train), x, y),
+            'fitted and calibrated',
+        ),
+        (lambda: attack_with_detector(apgd, model, guards['kl'], x, y[:3]), 'y must be integers'),
+        (lambda: evasion_rate(apgd(model, x, eps=0.1, steps=1), guards['kl'], draws=0), 'draws'),
+        (lambda: evasion_rate(x, guards['kl']), 'expected an AttackResult'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            act()

@@ -1,4 +1,5 @@
 "Properties that every attack has, whatever its idea; and faults known from other libraries."
+
 import inspect
 import json
 import math
@@ -9,9 +10,26 @@ import torch
 from torch import nn
 
 from genrobust import attacks
-from genrobust.attacks import (AttackResult, apgd, carlini_wagner, deepfool, fgsm, hop_skip_jump, jacobian, margin, mim, one_vs_all, pgd,
-                               random_noise, rescore, spsa, square, truncated_deepfool, zoo)
-from genrobust.attacks.core import norm
+from genrobust.attacks import (
+    AttackResult,
+    apgd,
+    carlini_wagner,
+    deepfool,
+    fgsm,
+    hop_skip_jump,
+    jacobian,
+    margin,
+    mim,
+    one_vs_all,
+    pgd,
+    random_noise,
+    rescore,
+    spsa,
+    square,
+    truncated_deepfool,
+    zoo,
+)
+from genrobust.attacks.result import norm
 from genrobust.files import save_tensors
 from genrobust.models import CNN, BayesClassifier, load_pretrained
 
@@ -19,169 +37,286 @@ JACOBIANS = [deepfool, truncated_deepfool]
 QUERIES = [zoo, spsa, square, hop_skip_jump]
 MINIMUM_NORM = [*JACOBIANS, carlini_wagner, zoo, hop_skip_jump]
 ATTACKS = [random_noise, fgsm, pgd, mim, apgd, spsa, square, *MINIMUM_NORM]
-SMALL = {pgd: dict(steps=5, restarts=2), mim: dict(steps=5), apgd: dict(steps=5), carlini_wagner: dict(steps=20, binary_search_steps=3), zoo: dict(max_queries=7000, coordinates=450),
-         spsa: dict(steps=3, samples=4), square: dict(max_queries=20), hop_skip_jump: dict(max_queries=60, init_queries=10, samples=10)}
-FEW = {zoo: dict(max_queries=70, coordinates=10), carlini_wagner: dict(steps=5, binary_search_steps=2), deepfool: dict(steps=5), truncated_deepfool: dict(steps=10)}  # where the model is slow and need not be fooled
+SMALL = {
+    pgd: dict(steps=5, restarts=2),
+    mim: dict(steps=5),
+    apgd: dict(steps=5),
+    carlini_wagner: dict(steps=20, binary_search_steps=3),
+    zoo: dict(max_queries=7000, coordinates=450),
+    spsa: dict(steps=3, samples=4),
+    square: dict(max_queries=20),
+    hop_skip_jump: dict(max_queries=60, init_queries=10, samples=10),
+}
+FEW = {
+    zoo: dict(max_queries=70, coordinates=10),
+    carlini_wagner: dict(steps=5, binary_search_steps=2),
+    deepfool: dict(steps=5),
+    truncated_deepfool: dict(steps=10),
+}  # where the model is slow and need not be fooled
 
 every_attack = pytest.mark.parametrize('attack', ATTACKS, ids=lambda f: f.__name__)
 
-def attack_small(attack, *args, **kw): return attack(*args, **{**SMALL.get(attack, {}), **kw})
+
+def attack_small(attack, *args, **kw):
+    return attack(*args, **{**SMALL.get(attack, {}), **kw})
+
 
 def elsewhere():
     "A model and images of another shape: 3 x 20 x 30 pixels in (-1, 1), five classes"
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4*6*9, 5)).eval()
-    return model, torch.rand(7, 3, 20, 30)*2-1
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 6 * 9, 5)
+    ).eval()
+    return model, torch.rand(7, 3, 20, 30) * 2 - 1
+
 
 def test_the_list_is_complete():
-    public = {f for f in vars(attacks).values() if inspect.isfunction(f) and list(inspect.signature(f).parameters)[:3]==['model', 'x', 'y']}
+    public = {
+        f
+        for f in vars(attacks).values()
+        if inspect.isfunction(f)
+        and list(inspect.signature(f).parameters)[:3] == ['model', 'x', 'y']
+    }
     assert public == set(ATTACKS)
+
 
 @every_attack
 def test_another_shape_and_box(attack):
     model, x = elsewhere()
     result = attack_small(attack, model, x, bounds=(-1, 1))
-    assert result.x_adv.shape==x.shape and result.x_adv.min()>=-1 and result.x_adv.max()<=1
-    assert torch.equal(result.success, model(result.x_adv).argmax(1)!=result.y)
-    if attack in MINIMUM_NORM: assert result.success.all()
+    assert result.x_adv.shape == x.shape and result.x_adv.min() >= -1 and result.x_adv.max() <= 1
+    assert torch.equal(result.success, model(result.x_adv).argmax(1) != result.y)
+    if attack in MINIMUM_NORM:
+        assert result.success.all()
+
 
 @every_attack
 def test_targeted(attack):
     model, x = elsewhere()
-    target = (model(x).argmax(1)+2)%5
+    target = (model(x).argmax(1) + 2) % 5
     result = attack_small(attack, model, x, target=target, bounds=(-1, 1))
-    assert torch.equal(result.success, model(result.x_adv).argmax(1)==target)
+    assert torch.equal(result.success, model(result.x_adv).argmax(1) == target)
     assert torch.equal(result.target, target)
-    with pytest.raises(ValueError, match='must differ'): attack_small(attack, model, x, target=(target-2)%5, bounds=(-1, 1))
+    with pytest.raises(ValueError, match='must differ'):
+        attack_small(attack, model, x, target=(target - 2) % 5, bounds=(-1, 1))
+
 
 @every_attack
-@pytest.mark.parametrize('make', [lambda: CNN().eval(), lambda: BayesClassifier('GFZ', n_samples=2).eval()], ids=['cnn', 'gfz'])
+@pytest.mark.parametrize(
+    'make',
+    [lambda: CNN().eval(), lambda: BayesClassifier('GFZ', n_samples=2).eval()],
+    ids=['cnn', 'gfz'],
+)
 def test_an_image_fares_the_same_in_any_batch(attack, make):
-    x = torch.rand(3, 1, 28, 28).double()  # in float64, so that only the batch could make a difference
-    together, apart = (attack_small(attack, make().double(), x, batch_size=size, **FEW.get(attack, {})) for size in (None, 2))
+    x = torch.rand(
+        3, 1, 28, 28
+    ).double()  # in float64, so that only the batch could make a difference
+    together, apart = (
+        attack_small(attack, make().double(), x, batch_size=size, **FEW.get(attack, {}))
+        for size in (None, 2)
+    )
     assert torch.allclose(together.x_adv, apart.x_adv, atol=1e-9)
     assert torch.equal(together.success, apart.success)
-    assert (together.forwards-apart.forwards).abs().max()<=1  # the last bit may decide whether a step ends before or behind a boundary
+    assert (
+        together.forwards - apart.forwards
+    ).abs().max() <= 1  # the last bit may decide whether a step ends before or behind a boundary
+
 
 @every_attack
 @pytest.mark.parametrize('outside', [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize('stochastic', [False, True], ids=['plain', 'gfz'])
 def test_leaves_everything_as_it_was(attack, outside, stochastic):
-    model, x = (BayesClassifier('GFZ', hidden=50, n_samples=2).eval(), torch.rand(2, 1, 28, 28)) if stochastic else elsewhere()
-    bounds, before, weights, randomness = ((0, 1) if stochastic else (-1, 1)), x.clone(), [p.clone() for p in model.parameters()], torch.random.get_rng_state()
+    model, x = (
+        (BayesClassifier('GFZ', hidden=50, n_samples=2).eval(), torch.rand(2, 1, 28, 28))
+        if stochastic
+        else elsewhere()
+    )
+    bounds, before, weights, randomness = (
+        ((0, 1) if stochastic else (-1, 1)),
+        x.clone(),
+        [p.clone() for p in model.parameters()],
+        torch.random.get_rng_state(),
+    )
     expected = attack_small(attack, model, x, bounds=bounds, **FEW.get(attack, {})).x_adv
-    with outside(): result = attack_small(attack, model, x, bounds=bounds, **FEW.get(attack, {}))
+    with outside():
+        result = attack_small(attack, model, x, bounds=bounds, **FEW.get(attack, {}))
     assert torch.equal(result.x_adv, expected)
-    assert torch.equal(x, before) and not x.requires_grad and not any(m.training for m in model.modules())
-    assert all(torch.equal(p, w) and p.grad is None for p,w in zip(model.parameters(), weights))
+    assert (
+        torch.equal(x, before)
+        and not x.requires_grad
+        and not any(m.training for m in model.modules())
+    )
+    assert all(torch.equal(p, w) and p.grad is None for p, w in zip(model.parameters(), weights))
     assert torch.equal(torch.random.get_rng_state(), randomness)
+
 
 @every_attack
 def test_passes_are_counted_as_spent(attack):
     class Counting(nn.Module):
         "Counts the images that go in, and those that a gradient comes back through"
+
         def __init__(self):
             super().__init__()
             self.inner, self.forwards, self.backwards = elsewhere()[0], 0, 0
+
         def forward(self, x):
             self.forwards += len(x)
-            if x.requires_grad: x.register_hook(lambda g: setattr(self, 'backwards', self.backwards+len(x)))
+            if x.requires_grad:
+                x.register_hook(lambda g: setattr(self, 'backwards', self.backwards + len(x)))
             return self.inner(x)
+
     class Still(Counting):
-        def fixed(self, seed): return self
+        def fixed(self, seed):
+            return self
+
     for model in (Counting().eval(), Still().eval()):
         result = attack_small(attack, model, elsewhere()[1], bounds=(-1, 1))
-        assert result.forwards.sum()==model.forwards
-        assert result.backwards.sum()==model.backwards
+        assert result.forwards.sum() == model.forwards
+        assert result.backwards.sum() == model.backwards
+
 
 def test_deepfool_asks_again_where_the_answer_may_change():
     "A lucky draw of dropout is no success of a model in training mode, though it has `fixed`"
-    model, x = CNN(dropout=.9), torch.rand(64, 1, 28, 28)
+    model, x = CNN(dropout=0.9), torch.rand(64, 1, 28, 28)
     settled = deepfool(model.eval(), x, steps=5)
-    assert settled.success.any() and torch.equal(settled.forwards[settled.success], 1+settled.backwards[settled.success]//9)
+    assert settled.success.any() and torch.equal(
+        settled.forwards[settled.success], 1 + settled.backwards[settled.success] // 9
+    )
     asked = deepfool(model.train(), x, steps=5, allow_training=True)
     assert not asked.success.all()
+
 
 @every_attack
 def test_models_take_no_more_images_at_once_than_they_say(attack):
     class Small(nn.Module):
         images_at_once = 3
+
         def __init__(self):
             super().__init__()
             self.inner = elsewhere()[0]
+
         def forward(self, x):
-            assert len(x)<=3
+            assert len(x) <= 3
             return self.inner(x)
-    assert attack_small(attack, Small().eval(), elsewhere()[1], bounds=(-1, 1)).x_adv.shape==elsewhere()[1].shape
+
+    assert (
+        attack_small(attack, Small().eval(), elsewhere()[1], bounds=(-1, 1)).x_adv.shape
+        == elsewhere()[1].shape
+    )
+
 
 @every_attack
 def test_refuses_training_mode_and_nonsense(attack):
     model, x = elsewhere()
-    with pytest.raises(ValueError, match='training mode'): attack(model.train(), x, bounds=(-1, 1))
+    with pytest.raises(ValueError, match='training mode'):
+        attack(model.train(), x, bounds=(-1, 1))
     attack_small(attack, model, x, bounds=(-1, 1), allow_training=True)
     model.eval()
-    for kw, match in [(dict(x=x*3), 'within bounds'), (dict(x=x/0), 'NaN'), (dict(x=x.int()), 'float tensor'), (dict(y=torch.full((7,), 5)), 'y must lie'),
-                      (dict(target=-1), 'target must lie'), (dict(y=torch.zeros(3).long()), 'y must be integers'), (dict(model=nn.Identity().eval()), 'logits')]:
-        with pytest.raises(ValueError, match=match): attack(**{**dict(model=model, x=x, bounds=(-1, 1)), **kw})
-    with pytest.raises(TypeError): attack(model, x, epsilon=1)
+    for kw, match in [
+        (dict(x=x * 3), 'within bounds'),
+        (dict(x=x / 0), 'NaN'),
+        (dict(x=x.int()), 'float tensor'),
+        (dict(y=torch.full((7,), 5)), 'y must lie'),
+        (dict(target=-1), 'target must lie'),
+        (dict(y=torch.zeros(3).long()), 'y must be integers'),
+        (dict(model=nn.Identity().eval()), 'logits'),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            attack(**{**dict(model=model, x=x, bounds=(-1, 1)), **kw})
+    with pytest.raises(TypeError):
+        attack(model, x, epsilon=1)
+
 
 @every_attack
 def test_float64_stays_float64(attack):
     model, x = elsewhere()
-    assert attack_small(attack, model.double(), x.double(), bounds=(-1, 1)).x_adv.dtype==torch.double
+    assert (
+        attack_small(attack, model.double(), x.double(), bounds=(-1, 1)).x_adv.dtype == torch.double
+    )
+
 
 @every_attack
 def test_log_densities_near_minus_a_thousand(attack):
     "Masking the right class with 0 instead of minus infinity fails here, and so does a softmax in float32"
     model, x = elsewhere()
+
     class Shifted(nn.Module):
-        def forward(self, x): return 50*model(x)-1000
+        def forward(self, x):
+            return 50 * model(x) - 1000
+
     result = attack_small(attack, Shifted().eval(), x, bounds=(-1, 1))
     plain = attack_small(attack, model, x, bounds=(-1, 1))
     assert torch.equal(result.success, plain.success)
-    if attack in MINIMUM_NORM: assert torch.allclose(result.l2, plain.l2, rtol=.01)
+    if attack in MINIMUM_NORM:
+        assert torch.allclose(result.l2, plain.l2, rtol=0.01)
+
 
 @pytest.mark.parametrize('attack', MINIMUM_NORM, ids=lambda f: f.__name__)
 def test_failure_returns_the_original(attack):
     class Deaf(nn.Module):
-        def forward(self, x): return torch.stack([x.flatten(1).sum(1)*0+1, x.flatten(1).sum(1)*0], 1)
+        def forward(self, x):
+            return torch.stack([x.flatten(1).sum(1) * 0 + 1, x.flatten(1).sum(1) * 0], 1)
+
     x = torch.rand(4, 1, 8, 8)
     result = attack_small(attack, Deaf().eval(), x)
-    assert not result.success.any() and torch.equal(result.x_adv, x) and math.isnan(result.summary()['l2'])
+    assert (
+        not result.success.any()
+        and torch.equal(result.x_adv, x)
+        and math.isnan(result.summary()['l2'])
+    )
+
 
 def test_the_last_update_is_checked():
     "One step crosses a flat boundary; that it did is seen although no step is left to see it with"
     linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
-    assert deepfool(linear, torch.rand(9, 1, 8, 8)*.2+.4, steps=1).success.all()
+    assert deepfool(linear, torch.rand(9, 1, 8, 8) * 0.2 + 0.4, steps=1).success.all()
+
 
 def test_deepfool_crosses_from_a_hairs_breadth():
     "A margin of 1e-6 between logits of -300, which a float32 cannot even hold"
+
     class Hair(nn.Module):
-        def forward(self, x): return -300 + torch.stack([1e-2*(x.flatten(1).mean(1)-.5)+1e-6, x.flatten(1).sum(1)*0], 1)
-    result = deepfool(Hair().eval(), torch.full((1, 1, 8, 8), .5))
-    assert result.success.all() and result.linf<.2
+        def forward(self, x):
+            return -300 + torch.stack(
+                [1e-2 * (x.flatten(1).mean(1) - 0.5) + 1e-6, x.flatten(1).sum(1) * 0], 1
+            )
+
+    result = deepfool(Hair().eval(), torch.full((1, 1, 8, 8), 0.5))
+    assert result.success.all() and result.linf < 0.2
+
 
 def test_overshoot_does_not_scale_with_the_box():
     linear = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
-    x = torch.rand(5, 1, 8, 8)*.2+.4
-    assert torch.allclose(deepfool(linear, x).x_adv, deepfool(linear, x, bounds=(-100, 100)).x_adv, atol=1e-6)
+    x = torch.rand(5, 1, 8, 8) * 0.2 + 0.4
+    assert torch.allclose(
+        deepfool(linear, x).x_adv, deepfool(linear, x, bounds=(-100, 100)).x_adv, atol=1e-6
+    )
+
 
 def test_images_stop_one_by_one():
     "An image that is done costs nothing more, however long others take"
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2, bias=False)).eval()
+
     class Curved(nn.Module):
-        def forward(self, x): return model(x.pow(3))
-    x = torch.rand(16, 1, 8, 8)*.5+.25
+        def forward(self, x):
+            return model(x.pow(3))
+
+    x = torch.rand(16, 1, 8, 8) * 0.5 + 0.25
     together = deepfool(Curved().eval(), x)
     alone = torch.cat([deepfool(Curved().eval(), image[None]).forwards for image in x])
     assert torch.equal(together.forwards, alone)
 
+
 def test_a_stochastic_model_is_attacked_on_noise_of_the_attackers_own():
     clf, x = BayesClassifier('DFZ', n_samples=2).eval(), torch.rand(3, 1, 28, 28)
     result = deepfool(clf, x, seed=4)
-    assert result.settings['noise_seed']==4
+    assert result.settings['noise_seed'] == 4
     assert torch.equal(result.y_adv, clf.fixed(4)(result.x_adv).argmax(1))
-    assert 'noise_seed' not in deepfool(clf.fixed(4), x).settings and 'noise_seed' not in deepfool(CNN().eval(), x).settings
+    assert (
+        'noise_seed' not in deepfool(clf.fixed(4), x).settings
+        and 'noise_seed' not in deepfool(CNN().eval(), x).settings
+    )
+
 
 def test_rescoring_never_uses_the_noise_of_the_attack():
     "Whatever the seeds: the first numbers of both streams differ"
@@ -190,183 +325,319 @@ def test_rescoring_never_uses_the_noise_of_the_attack():
     result = fgsm(clf, torch.rand(2, 1, 28, 28), seed=0)
     rescore(result, clf, draws=3, seed=0)
     noise = clf.fixed(0).noise.flatten()
-    assert len(seen)==3 and not torch.isin(noise, torch.cat([s.flatten() for s in seen])).any()
-    assert len({s.sum().item() for s in seen})==3 and not torch.equal(seen[0][0], seen[0][1])
+    assert len(seen) == 3 and not torch.isin(noise, torch.cat([s.flatten() for s in seen])).any()
+    assert len({s.sum().item() for s in seen}) == 3 and not torch.equal(seen[0][0], seen[0][1])
+
 
 @every_attack
 def test_what_is_not_a_number_is_no_success(attack):
     "Gradients that are NaN, and logits that turn NaN away from the image"
     model, x = elsewhere()
+
     class Steep(nn.Module):
-        def forward(self, x): return model(x) + (x[:,:1,:1,:1]-x[:,:1,:1,:1]).flatten(1).abs().sqrt()
+        def forward(self, x):
+            return model(x) + (x[:, :1, :1, :1] - x[:, :1, :1, :1]).flatten(1).abs().sqrt()
+
     class Cliff(nn.Module):
-        def forward(self, z): return torch.where((z[:,None]==x).flatten(2).all(2).any(1, keepdim=True), model(z), torch.nan)
+        def forward(self, z):
+            return torch.where(
+                (z[:, None] == x).flatten(2).all(2).any(1, keepdim=True), model(z), torch.nan
+            )
+
     steep = attack_small(attack, Steep().eval(), x, bounds=(-1, 1))
-    assert steep.x_adv.isfinite().all() and torch.equal(steep.success, model(steep.x_adv).argmax(1)!=steep.y)
+    assert steep.x_adv.isfinite().all() and torch.equal(
+        steep.success, model(steep.x_adv).argmax(1) != steep.y
+    )
     assert not attack_small(attack, Cliff().eval(), x, bounds=(-1, 1)).success.any()
+
 
 def test_an_operation_that_cannot_be_vectorised():
     class Odd(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x): return x*2
+        def forward(ctx, x):
+            return x * 2
+
         @staticmethod
-        def backward(ctx, g): return g*2 if g.sum()>-1e9 else g
+        def backward(ctx, g):
+            return g * 2 if g.sum() > -1e9 else g
+
     class Model(nn.Module):
-        def forward(self, x): return elsewhere()[0](Odd.apply(x))
+        def forward(self, x):
+            return elsewhere()[0](Odd.apply(x))
+
     model, x = elsewhere()
+
     class Twice(nn.Module):
-        def forward(self, x): return model(x*2)
+        def forward(self, x):
+            return model(x * 2)
+
     assert torch.allclose(jacobian(Model().eval(), x)[1], jacobian(Twice().eval(), x)[1], atol=1e-6)
+
 
 def test_a_tied_vote_is_not_fooled():
     class Coin(nn.Module):
         "Answers 0, 1, 0, 1, ..."
+
         calls = 0
+
         def forward(self, x):
             Coin.calls += 1
-            return torch.eye(3)[(Coin.calls-1)%2].expand(len(x), 3)
+            return torch.eye(3)[(Coin.calls - 1) % 2].expand(len(x), 3)
+
     x = torch.rand(2, 1, 4, 4)
-    common = dict(x=x, x_adv=x, success=torch.tensor([True]*2), initially_wrong=torch.tensor([False]*2), forwards=torch.ones(2), backwards=torch.ones(2))
+    common = dict(
+        x=x,
+        x_adv=x,
+        success=torch.tensor([True] * 2),
+        initially_wrong=torch.tensor([False] * 2),
+        forwards=torch.ones(2),
+        backwards=torch.ones(2),
+    )
     for y in (0, 1):
-        tied = rescore(AttackResult(y=torch.full((2,), y), y_adv=torch.full((2,), 1-y), **common), Coin().eval(), draws=4)
-        assert not tied.majority.any() and tied.worst.all() and (tied.share==.5).all()
+        tied = rescore(
+            AttackResult(y=torch.full((2,), y), y_adv=torch.full((2,), 1 - y), **common),
+            Coin().eval(),
+            draws=4,
+        )
+        assert not tied.majority.any() and tied.worst.all() and (tied.share == 0.5).all()
+
 
 def test_rescored_targets_and_skips():
     model, x = elsewhere()
     y = model(x).argmax(1)
-    given = torch.where(torch.arange(7)<2, (y+1)%5, y)
-    result = deepfool(model, x, given, bounds=(-1, 1), target=(given+2)%5)
+    given = torch.where(torch.arange(7) < 2, (y + 1) % 5, y)
+    result = deepfool(model, x, given, bounds=(-1, 1), target=(given + 2) % 5)
     scored = rescore(result, model, draws=2)
     assert scored.share[:2].isnan().all() and not scored.worst[:2].any()
     assert torch.equal(scored.majority, result.success)
 
+
 def test_results_survive_the_disk_and_refuse_to_mix(tmp_path):
     model, x = elsewhere()
-    one, other = fgsm(model, x, bounds=(-1, 1), eps=.1, target=(model(x).argmax(1)+1)%5), fgsm(model, x, bounds=(-1, 1), eps=.2)
-    one.save(tmp_path/'one.safetensors')
-    again = AttackResult.load(tmp_path/'one.safetensors')
-    assert again.settings==one.settings and torch.equal(again.x_adv, one.x_adv) and torch.equal(again.target, one.target)
-    assert [p.name for p in tmp_path.iterdir()]==['one.safetensors']
-    with pytest.raises(ValueError, match='same settings'): AttackResult.cat([one, other])
+    one, other = (
+        fgsm(model, x, bounds=(-1, 1), eps=0.1, target=(model(x).argmax(1) + 1) % 5),
+        fgsm(model, x, bounds=(-1, 1), eps=0.2),
+    )
+    one.save(tmp_path / 'one.safetensors')
+    again = AttackResult.load(tmp_path / 'one.safetensors')
+    assert (
+        again.settings == one.settings
+        and torch.equal(again.x_adv, one.x_adv)
+        and torch.equal(again.target, one.target)
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ['one.safetensors']
+    with pytest.raises(ValueError, match='same settings'):
+        AttackResult.cat([one, other])
+
 
 def test_a_black_image_has_no_rho():
-    result = random_noise(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), torch.zeros(2, 1, 8, 8))
-    assert result.rho.isnan().all() and (result.l2>0).all()
+    result = random_noise(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval(), torch.zeros(2, 1, 8, 8)
+    )
+    assert result.rho.isnan().all() and (result.l2 > 0).all()
+
 
 def test_jacobian_works_on_shipped_weights_that_want_no_gradient():
     clf = load_pretrained('gfz', device='cpu').fixed(0)
-    with torch.no_grad(), torch.enable_grad(): logits, J = jacobian(clf, torch.rand(2, 1, 28, 28))
-    assert J.shape==(2, 10, 1, 28, 28) and J.abs().sum()>0
-    assert torch.equal(margin(logits, logits.argmax(1))>=0, torch.tensor([True, True]))
+    with torch.no_grad(), torch.enable_grad():
+        logits, J = jacobian(clf, torch.rand(2, 1, 28, 28))
+    assert J.shape == (2, 10, 1, 28, 28) and J.abs().sum() > 0
+    assert torch.equal(margin(logits, logits.argmax(1)) >= 0, torch.tensor([True, True]))
+
 
 @pytest.mark.parametrize('p', [2, torch.inf])
 @pytest.mark.parametrize('loss', ['ce', 'joint', 'dlr'])
 @pytest.mark.parametrize('aimed', [False, True], ids=['untargeted', 'targeted'])
 def test_apgd_in_ball_and_box_with_every_loss(p, loss, aimed):
     model, x = elsewhere()
-    target = (model(x).argmax(1)+1)%5 if aimed else None
-    result = apgd(model, x, eps=.4, p=p, loss=loss, steps=9, restarts=2, target=target, bounds=(-1, 1))
-    assert (result.perturbation.flatten(1).norm(p, dim=1)<=.4*(1+1e-5)).all() and result.x_adv.abs().max()<=1
+    target = (model(x).argmax(1) + 1) % 5 if aimed else None
+    result = apgd(
+        model, x, eps=0.4, p=p, loss=loss, steps=9, restarts=2, target=target, bounds=(-1, 1)
+    )
+    assert (
+        result.perturbation.flatten(1).norm(p, dim=1) <= 0.4 * (1 + 1e-5)
+    ).all() and result.x_adv.abs().max() <= 1
     assert torch.equal(result.success, result.fooled(model(result.x_adv).argmax(1)))
+
 
 def test_apgd_spends_one_gradient_a_step_and_restarts_only_what_is_not_fooled():
     model, x = elsewhere()
-    result = apgd(model, x, eps=.03, steps=7, restarts=3, bounds=(-1, 1))
-    once = apgd(model, x, eps=.03, steps=7, bounds=(-1, 1)).success
+    result = apgd(model, x, eps=0.03, steps=7, restarts=3, bounds=(-1, 1))
+    once = apgd(model, x, eps=0.03, steps=7, bounds=(-1, 1)).success
     assert once.any() and not once.all()
-    assert (result.backwards[once]==7).all() and (result.forwards[once]==7+3).all()  # the last point, and those before and after the attack
+    assert (result.backwards[once] == 7).all() and (
+        result.forwards[once] == 7 + 3
+    ).all()  # the last point, and those before and after the attack
     never = ~result.success
-    assert (result.backwards[never]==21).all() and (result.forwards[never]==21+5).all()
+    assert (result.backwards[never] == 21).all() and (result.forwards[never] == 21 + 5).all()
+
 
 def test_apgd_closes_in_on_a_narrow_peak():
     "The margin is lowest at one point of the ball; steps of a fixed size jump over it"
+
     class Valley(nn.Module):
-        def forward(self, x): return torch.stack([1+(x.flatten(1)-.537).abs().sum(1), x.flatten(1).sum(1)*0], 1)
-    x = torch.full((1, 1, 4, 4), .5)
-    off = [(attack(Valley().eval(), x, eps=.1, steps=60, **kw).x_adv-.537).abs().max() for attack,kw in ((apgd, {}), (pgd, dict(step_size=.2)))]
-    assert off[0]<.002<.02<off[1]
+        def forward(self, x):
+            return torch.stack(
+                [1 + (x.flatten(1) - 0.537).abs().sum(1), x.flatten(1).sum(1) * 0], 1
+            )
+
+    x = torch.full((1, 1, 4, 4), 0.5)
+    off = [
+        (attack(Valley().eval(), x, eps=0.1, steps=60, **kw).x_adv - 0.537).abs().max()
+        for attack, kw in ((apgd, {}), (pgd, dict(step_size=0.2)))
+    ]
+    assert off[0] < 0.002 < 0.02 < off[1]
+
 
 def test_dlr_needs_classes_enough():
     x = torch.rand(3, 8)
     for loss_of, n in ((dict(loss='dlr'), 2), (dict(loss='dlr', target=2), 3)):
-        few, enough = (nn.Linear(8, classes).eval() for classes in (n, n+1))
+        few, enough = (nn.Linear(8, classes).eval() for classes in (n, n + 1))
         y = dict(y=torch.zeros(3).long())
-        for model in (few, enough): model.bias.data[0] = 5.  # every image is of class 0
+        for model in (few, enough):
+            model.bias.data[0] = 5.0  # every image is of class 0
         for attack in (fgsm, apgd):
-            with pytest.raises(ValueError, match=f"'dlr' needs at least {n+1} classes.*has {n}"): attack(few, x, **y, **loss_of)
+            with pytest.raises(ValueError, match=f"'dlr' needs at least {n + 1} classes.*has {n}"):
+                attack(few, x, **y, **loss_of)
             attack(enough, x, **y, **loss_of)
+
 
 def test_one_against_all_is_the_smallest_of_the_targeted():
     model, x = elsewhere()
     result = one_vs_all(deepfool, model, x, bounds=(-1, 1), seed=3, p=1.5)
-    y, norms, images = model(x).argmax(1), torch.full((7, 5), torch.inf), torch.zeros(7, 5, 3, 20, 30)
+    y, norms, images = (
+        model(x).argmax(1),
+        torch.full((7, 5), torch.inf),
+        torch.zeros(7, 5, 3, 20, 30),
+    )
     for c in range(5):
-        i = (y!=c).nonzero().squeeze(1)
+        i = (y != c).nonzero().squeeze(1)
         one = deepfool(model, x[i], y[i], target=c, bounds=(-1, 1), p=1.5)
-        norms[i,c], images[i,c] = one.perturbation.flatten(1).norm(1.5, dim=1).where(one.success, torch.inf), one.x_adv
-    assert torch.equal(result.y_adv, norms.argmin(1)) and torch.allclose(result.x_adv, images[range(7),norms.argmin(1)], atol=1e-6)
+        norms[i, c], images[i, c] = (
+            one.perturbation.flatten(1).norm(1.5, dim=1).where(one.success, torch.inf),
+            one.x_adv,
+        )
+    assert torch.equal(result.y_adv, norms.argmin(1)) and torch.allclose(
+        result.x_adv, images[range(7), norms.argmin(1)], atol=1e-6
+    )
     assert result.success.all() and result.target is None and torch.equal(result.y, y)
-    assert result.settings==dict(deepfool(model, x, bounds=(-1, 1), seed=3, p=1.5).settings, attack='one_vs_all(deepfool)')
+    assert result.settings == dict(
+        deepfool(model, x, bounds=(-1, 1), seed=3, p=1.5).settings, attack='one_vs_all(deepfool)'
+    )
+
 
 def test_one_against_all_counts_what_it_spends_and_is_the_same_in_any_batch():
     class Counting(nn.Module):
-        def __init__(self): super().__init__(); self.inner, self.seen = elsewhere()[0].double(), 0
+        def __init__(self):
+            super().__init__()
+            self.inner, self.seen = elsewhere()[0].double(), 0
+
         def forward(self, x):
             self.seen += len(x)
             return self.inner(x)
+
     model, x = Counting().eval(), elsewhere()[1].double()
-    y = torch.where(torch.arange(7)<2, (model.inner(x).argmax(1)+1)%5, model.inner(x).argmax(1))
+    y = torch.where(
+        torch.arange(7) < 2, (model.inner(x).argmax(1) + 1) % 5, model.inner(x).argmax(1)
+    )
     together = one_vs_all(apgd, model, x, y, bounds=(-1, 1), steps=4)
-    assert together.forwards.sum()==model.seen and (together.backwards[2:]==4*4).all()
-    assert together.initially_wrong.tolist()==[True]*2+[False]*5 and torch.equal(together.x_adv[:2], x[:2]) and not together.backwards[:2].any()
+    assert together.forwards.sum() == model.seen and (together.backwards[2:] == 4 * 4).all()
+    assert (
+        together.initially_wrong.tolist() == [True] * 2 + [False] * 5
+        and torch.equal(together.x_adv[:2], x[:2])
+        and not together.backwards[:2].any()
+    )
     apart = one_vs_all(apgd, model, x, y, bounds=(-1, 1), steps=4, batch_size=2)
-    assert torch.allclose(together.x_adv, apart.x_adv, atol=1e-9) and torch.equal(together.forwards, apart.forwards)
+    assert torch.allclose(together.x_adv, apart.x_adv, atol=1e-9) and torch.equal(
+        together.forwards, apart.forwards
+    )
+
 
 def test_one_against_all_on_noise_of_the_attackers_own():
     clf, x = BayesClassifier('GFZ', hidden=50, n_samples=2).eval(), torch.rand(2, 1, 28, 28)
     result, still = one_vs_all(pgd, clf, x, seed=4, steps=2), clf.fixed(4)
-    assert result.success.any() and result.settings['noise_seed']==4 and torch.equal(result.y, still(x).argmax(1))
-    assert torch.equal(result.success, still(result.x_adv).argmax(1)!=result.y) and torch.equal(result.y_adv, still(result.x_adv).argmax(1))
+    assert (
+        result.success.any()
+        and result.settings['noise_seed'] == 4
+        and torch.equal(result.y, still(x).argmax(1))
+    )
+    assert torch.equal(result.success, still(result.x_adv).argmax(1) != result.y) and torch.equal(
+        result.y_adv, still(result.x_adv).argmax(1)
+    )
     assert torch.allclose(result.x_adv, one_vs_all(pgd, still, x, seed=4, steps=2).x_adv)
+
 
 def test_one_against_all_fails_like_any_minimum_norm_attack_and_refuses_nonsense():
     model, x = elsewhere()
     none = one_vs_all(pgd, model, x, bounds=(-1, 1), eps=1e-4, steps=2)
     assert not none.success.any() and torch.equal(none.x_adv, x) and torch.equal(none.y_adv, none.y)
-    wrong = one_vs_all(pgd, model, x, (none.y+1)%5, bounds=(-1, 1), eps=1e-4, steps=2)
-    assert wrong.initially_wrong.all() and torch.equal(wrong.x_adv, x) and wrong.settings==none.settings
-    for kw, match in [(dict(target=1), 'leave target out'), (dict(steps=0), 'steps'), (dict(bounds=(0, 1)), 'within bounds'), (dict(attack='pgd'), 'attack must be'), (dict(y=[9]*7), 'y must lie')]:
-        with pytest.raises(ValueError, match=match): one_vs_all(**{**dict(attack=pgd, model=model, x=x, bounds=(-1, 1)), **kw})
-    with pytest.raises(TypeError): one_vs_all(pgd, model, x, bounds=(-1, 1), epsilon=1)
+    wrong = one_vs_all(pgd, model, x, (none.y + 1) % 5, bounds=(-1, 1), eps=1e-4, steps=2)
+    assert (
+        wrong.initially_wrong.all()
+        and torch.equal(wrong.x_adv, x)
+        and wrong.settings == none.settings
+    )
+    for kw, match in [
+        (dict(target=1), 'leave target out'),
+        (dict(steps=0), 'steps'),
+        (dict(bounds=(0, 1)), 'within bounds'),
+        (dict(attack='pgd'), 'attack must be'),
+        (dict(y=[9] * 7), 'y must lie'),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            one_vs_all(**{**dict(attack=pgd, model=model, x=x, bounds=(-1, 1)), **kw})
+    with pytest.raises(TypeError):
+        one_vs_all(pgd, model, x, bounds=(-1, 1), epsilon=1)
+
 
 @pytest.mark.parametrize('attack', QUERIES, ids=lambda f: f.__name__)
 def test_a_service_without_gradients_is_attacked_the_same(attack):
     model, x = elsewhere()
+
     class Service(nn.Module):
         @torch.no_grad()
-        def forward(self, x): return model(x)
+        def forward(self, x):
+            return model(x)
+
     expected = attack_small(attack, model, x, bounds=(-1, 1))
-    for p in model.parameters(): p.requires_grad_(False)
+    for p in model.parameters():
+        p.requires_grad_(False)
     result = attack_small(attack, Service().eval(), x, bounds=(-1, 1))
-    assert torch.equal(result.x_adv, expected.x_adv) and torch.equal(result.forwards, expected.forwards) and not result.backwards.any()
+    assert (
+        torch.equal(result.x_adv, expected.x_adv)
+        and torch.equal(result.forwards, expected.forwards)
+        and not result.backwards.any()
+    )
     assert expected.success.any() or attack is square
+
 
 @every_attack
 def test_memory_layout_of_the_images_makes_no_difference(attack):
     model, x = elsewhere()
     expected = attack_small(attack, model, x, bounds=(-1, 1))
-    for same in (x.contiguous(memory_format=torch.channels_last), x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+    for same in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+    ):
         assert torch.equal(same, x) and not same.is_contiguous()
         assert torch.equal(attack_small(attack, model, same, bounds=(-1, 1)).x_adv, expected.x_adv)
+
 
 @every_attack
 def test_logits_of_another_precision(attack):
     model, x = elsewhere()
+
     class Precise(nn.Module):
-        def forward(self, x): return model(x).double().log_softmax(1)
+        def forward(self, x):
+            return model(x).double().log_softmax(1)
+
     result = attack_small(attack, Precise().eval(), x, bounds=(-1, 1))
-    assert result.x_adv.dtype==torch.float and torch.equal(result.success, model(result.x_adv).argmax(1)!=result.y)
-    if attack in MINIMUM_NORM: assert result.success.all()
+    assert result.x_adv.dtype == torch.float and torch.equal(
+        result.success, model(result.x_adv).argmax(1) != result.y
+    )
+    if attack in MINIMUM_NORM:
+        assert result.success.all()
+
 
 @pytest.mark.parametrize('attack', [carlini_wagner, zoo], ids=lambda f: f.__name__)
 def test_all_logits_tied_is_no_dead_end(attack):
@@ -374,118 +645,204 @@ def test_all_logits_tied_is_no_dead_end(attack):
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3, bias=False)).eval()
     assert attack(model, torch.zeros(3, 1, 4, 4)).success.all()
 
+
 def test_zoo_asks_again_and_wants_a_margin_where_answers_are_noisy():
     "On a noisy linear model one lucky answer is no success; with answers averaged and a margin asked for, it is one"
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval(), torch.rand(20, 1, 8, 8)*.2+.4
+    model, x = (
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval(),
+        torch.rand(20, 1, 8, 8) * 0.2 + 0.4,
+    )
     y = model(x).argmax(1)
+
     class Noisy(nn.Module):
-        def forward(self, x): return model(x)+.05*torch.randn(len(x), 2)
+        def forward(self, x):
+            return model(x) + 0.05 * torch.randn(len(x), 2)
+
     def across(**kw):
         "Share of the attacked images counted as successes, and share of these that are"
-        result = zoo(Noisy().eval(), x, y, h=.1, coordinates=16, **kw)
+        result = zoo(Noisy().eval(), x, y, h=0.1, coordinates=16, **kw)
         assert result.forwards.max() <= 20_002
-        return result.summary()['success_rate'], (model(result.x_adv).argmax(1)!=y)[result.success].double().mean()
-    rate, real = across(repeats=10, kappa=.1)
-    assert rate>=.7 and real>=.95 and across()[1]<.9
+        return result.summary()['success_rate'], (model(result.x_adv).argmax(1) != y)[
+            result.success
+        ].double().mean()
 
-@pytest.mark.parametrize('attack, own', [(pgd, dict(random_start=False, step_size=.03, steps=20)), (mim, dict(steps=20))], ids=['pgd', 'mim'])
+    rate, real = across(repeats=10, kappa=0.1)
+    assert rate >= 0.7 and real >= 0.95 and across()[1] < 0.9
+
+
+@pytest.mark.parametrize(
+    'attack, own',
+    [(pgd, dict(random_start=False, step_size=0.03, steps=20)), (mim, dict(steps=20))],
+    ids=['pgd', 'mim'],
+)
 def test_a_point_of_infinite_logits_hides_no_success(attack, own):
     "Far beyond the boundary log(sigmoid) is -inf; what was fooled on the way there stays fooled"
+
     class Underflowing(nn.Module):
         def forward(self, x):
-            u = 600*(x.mean(1)-.5)
+            u = 600 * (x.mean(1) - 0.5)
             return torch.stack([torch.sigmoid(u).log(), torch.sigmoid(-u).log()], 1)
-    assert attack(Underflowing().eval(), torch.full((2, 4), .45), eps=.5, **own).success.all()
+
+    assert attack(Underflowing().eval(), torch.full((2, 4), 0.45), eps=0.5, **own).success.all()
+
 
 @pytest.mark.parametrize('p', [12, 20, 50])
 def test_norms_with_high_powers(p):
     "784 numbers of a thousandth, to the power p, are 0 in float32"
     torch.manual_seed(0)
-    model, x = nn.Linear(784, 5).eval(), torch.rand(8, 784)*.2+.4
-    assert torch.allclose(one_vs_all(deepfool, model, x, p=p).linf, deepfool(model, x, p=p).linf, rtol=.01)
-    assert (truncated_deepfool(model, x, p=p).forwards>=10).all()
-    assert torch.allclose(norm(x/1e3, p).double(), (x/1e3).double().norm(p, dim=1), rtol=1e-5)
+    model, x = nn.Linear(784, 5).eval(), torch.rand(8, 784) * 0.2 + 0.4
+    assert torch.allclose(
+        one_vs_all(deepfool, model, x, p=p).linf, deepfool(model, x, p=p).linf, rtol=0.01
+    )
+    assert (truncated_deepfool(model, x, p=p).forwards >= 10).all()
+    assert torch.allclose(norm(x / 1e3, p).double(), (x / 1e3).double().norm(p, dim=1), rtol=1e-5)
+
 
 @pytest.mark.parametrize('loss', ['ce', 'joint'])
 def test_a_step_is_no_longer_than_eps_where_gradients_are_tiny(loss):
     torch.manual_seed(0)
     linear = nn.Linear(20, 3, bias=False)
+
     class Probabilities(nn.Module):
-        def forward(self, x): return linear(160*x).softmax(1)
-    result = fgsm(Probabilities().eval(), torch.rand(200, 20), eps=.1, p=2, loss=loss)
-    assert result.l2.max()<=.1*(1+1e-5)
+        def forward(self, x):
+            return linear(160 * x).softmax(1)
+
+    result = fgsm(Probabilities().eval(), torch.rand(200, 20), eps=0.1, p=2, loss=loss)
+    assert result.l2.max() <= 0.1 * (1 + 1e-5)
+
 
 def test_rescoring_refuses_what_is_not_a_number():
     model, x = elsewhere()
+
     class Failing(nn.Module):
         calls = 0
+
         def forward(self, x):
             self.calls += 1
-            return model(x)*(1 if self.calls<3 else math.nan)
-    with pytest.raises(ValueError, match='NaN'): rescore(random_noise(model, x, eps=.01, bounds=(-1, 1)), Failing().eval(), draws=5)
+            return model(x) * (1 if self.calls < 3 else math.nan)
+
+    with pytest.raises(ValueError, match='NaN'):
+        rescore(random_noise(model, x, eps=0.01, bounds=(-1, 1)), Failing().eval(), draws=5)
+
 
 def test_a_black_image_leaves_the_mean_rho_alone():
     torch.manual_seed(0)
-    result = deepfool(nn.Linear(784, 5).eval(), torch.stack([torch.zeros(784), torch.full((784,), .5)]))
-    assert result.success.all() and result.rho.isnan().tolist()==[True, False] and result.summary()['rho']==result.rho[1]
+    result = deepfool(
+        nn.Linear(784, 5).eval(), torch.stack([torch.zeros(784), torch.full((784,), 0.5)])
+    )
+    assert (
+        result.success.all()
+        and result.rho.isnan().tolist() == [True, False]
+        and result.summary()['rho'] == result.rho[1]
+    )
+
 
 def test_too_little_memory_is_called_so():
     "Who catches it, to try again with fewer images, should"
+
     class Large(nn.Module):
-        def forward(self, x): raise torch.cuda.OutOfMemoryError('out of memory')
-    with pytest.raises(torch.cuda.OutOfMemoryError): pgd(Large().eval(), torch.rand(4, 30))
+        def forward(self, x):
+            raise torch.cuda.OutOfMemoryError('out of memory')
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        pgd(Large().eval(), torch.rand(4, 30))
+
 
 def test_a_function_may_be_random_too():
     linear = nn.Linear(20, 3).eval()
+
     class Function:
-        def __call__(self, x): return linear(x)
-        def fixed(self, seed): return self
+        def __call__(self, x):
+            return linear(x)
+
+        def fixed(self, seed):
+            return self
+
     assert deepfool(Function(), torch.rand(4, 20)).success.all()
+
 
 def test_convolutions_are_not_rounded_to_tf32_under_attack():
     model, x = elsewhere()
     cudnn, seen = torch.backends.cudnn, []
-    def rounded(): return cudnn.conv.fp32_precision=='tf32' if hasattr(cudnn, 'conv') else cudnn.allow_tf32
+
+    def rounded():
+        return cudnn.conv.fp32_precision == 'tf32' if hasattr(cudnn, 'conv') else cudnn.allow_tf32
+
     class Watching(nn.Module):
         def forward(self, x):
             seen.append(rounded())
             return model(x)
+
     assert rounded()  # PyTorch's default
     rescore(fgsm(Watching().eval(), x, bounds=(-1, 1)), Watching().eval(), draws=1)
-    with pytest.raises(ValueError): fgsm(Watching().eval(), x[:,:1], bounds=(-1, 1))
-    assert len(seen)==4 and not any(seen) and rounded()
+    with pytest.raises(ValueError):
+        fgsm(Watching().eval(), x[:, :1], bounds=(-1, 1))
+    assert len(seen) == 4 and not any(seen) and rounded()
+
 
 def test_results_say_what_noise_they_ran_on():
-    clf, x = BayesClassifier('DBX', hidden=8, latent=2, n_samples=2).eval(), torch.rand(2, 1, 28, 28)
-    noise = [random_noise(model, x, seed=4).settings.get('noise') for model in (clf, clf.fixed(3, 5), clf.averaged(5, 1), clf.fresh(), CNN().eval())]
-    assert noise==[dict(seed=4, n_samples=2, draws=1), dict(seed=3, n_samples=5, draws=1), dict(seed=1, n_samples=2, draws=5), 'fresh', None]
+    clf, x = (
+        BayesClassifier('DBX', hidden=8, latent=2, n_samples=2).eval(),
+        torch.rand(2, 1, 28, 28),
+    )
+    noise = [
+        random_noise(model, x, seed=4).settings.get('noise')
+        for model in (clf, clf.fixed(3, 5), clf.averaged(5, 1), clf.fresh(), CNN().eval())
+    ]
+    assert noise == [
+        dict(seed=4, n_samples=2, draws=1),
+        dict(seed=3, n_samples=5, draws=1),
+        dict(seed=1, n_samples=2, draws=5),
+        'fresh',
+        None,
+    ]
+
 
 def test_results_written_before_there_was_a_digest_still_load(tmp_path):
     model, x = elsewhere()
-    result = fgsm(model, x, bounds=(-1, 1), target=(model(x).argmax(1)+1)%5)
-    safetensors.torch.save_file(result._tensors(), tmp_path/'old.safetensors', dict(settings=json.dumps(result.settings)))
-    again = AttackResult.load(tmp_path/'old.safetensors')
-    assert again.settings==result.settings and all(torch.equal(v, again._tensors()[k]) for k,v in result._tensors().items())
-    for settings in ('[1, 2]', '{', '['*10_000+']'*10_000, '"eps"', 'null'):
-        safetensors.torch.save_file(result._tensors(), tmp_path/'odd.safetensors', dict(settings=settings))
-        with pytest.raises(ValueError, match='odd.safetensors is not an attack result'): AttackResult.load(tmp_path/'odd.safetensors')
+    result = fgsm(model, x, bounds=(-1, 1), target=(model(x).argmax(1) + 1) % 5)
+    safetensors.torch.save_file(
+        result.tensors(), tmp_path / 'old.safetensors', dict(settings=json.dumps(result.settings))
+    )
+    again = AttackResult.load(tmp_path / 'old.safetensors')
+    assert again.settings == result.settings and all(
+        torch.equal(v, again.tensors()[k]) for k, v in result.tensors().items()
+    )
+    for settings in ('[1, 2]', '{', '[' * 10_000 + ']' * 10_000, '"eps"', 'null'):
+        safetensors.torch.save_file(
+            result.tensors(), tmp_path / 'odd.safetensors', dict(settings=settings)
+        )
+        with pytest.raises(ValueError, match='odd.safetensors is not an attack result'):
+            AttackResult.load(tmp_path / 'odd.safetensors')
     for name in ('x', 'success', 'forwards'):
-        fewer = dict(result._tensors(), **{name: getattr(result, name)[:3]})
-        save_tensors(tmp_path/'odd.safetensors', fewer, settings=result.settings)
-        with pytest.raises(ValueError, match='do not fit together'): AttackResult.load(tmp_path/'odd.safetensors')
-        save_tensors(tmp_path/'odd.safetensors', {k: v for k,v in result._tensors().items() if k!=name}, settings=result.settings)
-        with pytest.raises(ValueError, match='is not an attack result'): AttackResult.load(tmp_path/'odd.safetensors')
+        fewer = dict(result.tensors(), **{name: getattr(result, name)[:3]})
+        save_tensors(tmp_path / 'odd.safetensors', fewer, settings=result.settings)
+        with pytest.raises(ValueError, match='do not fit together'):
+            AttackResult.load(tmp_path / 'odd.safetensors')
+        save_tensors(
+            tmp_path / 'odd.safetensors',
+            {k: v for k, v in result.tensors().items() if k != name},
+            settings=result.settings,
+        )
+        with pytest.raises(ValueError, match='is not an attack result'):
+            AttackResult.load(tmp_path / 'odd.safetensors')
+
 
 def test_a_changed_bit_of_a_result_is_noticed_and_equal_results_have_equal_files(tmp_path):
     model, x = elsewhere()
-    path = tmp_path/'a.safetensors'
+    path = tmp_path / 'a.safetensors'
     fgsm(model, x, bounds=(-1, 1)).save(path)
     content = path.read_bytes()
-    AttackResult.load(path).save(tmp_path/'b.safetensors')
-    assert (tmp_path/'b.safetensors').read_bytes()==content
-    for place in [*range(0, 600, 7), *torch.randint(len(content), (60,), generator=torch.Generator().manual_seed(0)).tolist(), len(content)-1]:
+    AttackResult.load(path).save(tmp_path / 'b.safetensors')
+    assert (tmp_path / 'b.safetensors').read_bytes() == content
+    for place in [
+        *range(0, 600, 7),
+        *torch.randint(len(content), (60,), generator=torch.Generator().manual_seed(0)).tolist(),
+        len(content) - 1,
+    ]:
         changed = bytearray(content)
         changed[place] ^= 1
         path.write_bytes(changed)
-        with pytest.raises(ValueError, match='a.safetensors is not an attack result'): AttackResult.load(path)
+        with pytest.raises(ValueError, match='a.safetensors is not an attack result'):
+            AttackResult.load(path)

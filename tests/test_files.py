@@ -1,4 +1,5 @@
 "Files: written whole or not at all, refused when they changed, and cleaned up after."
+
 import errno
 import json
 import os
@@ -6,7 +7,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,25 +16,44 @@ from safetensors.torch import save
 from genrobust import files
 from genrobust.data import Images, synthetic
 from genrobust.files import beside, digest, load_tensors, save_tensors, writable, write_whole
-from genrobust.models import CNN, BayesClassifier, load_pretrained, pretrained_names, save_model, seeded
+from genrobust.models import (
+    CNN,
+    BayesClassifier,
+    load_pretrained,
+    pretrained_names,
+    save_model,
+    seeded,
+)
 from genrobust.training import fit
 
-NUMBERS = dict(x=torch.arange(6.).view(2, 3), half=torch.ones(3).half(), bf=torch.ones(2).bfloat16(),
-               yes=torch.tensor(True), none=torch.empty(0, 4), whole=torch.arange(3))
+NUMBERS = dict(
+    x=torch.arange(6.0).view(2, 3),
+    half=torch.ones(3).half(),
+    bf=torch.ones(2).bfloat16(),
+    yes=torch.tensor(True),
+    none=torch.empty(0, 4),
+    whole=torch.arange(3),
+)
+
 
 def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
+
 def with_byte(content, place, value):
-    return content[:place]+bytes([value])+content[place+1:]
+    return content[:place] + bytes([value]) + content[place + 1 :]
+
 
 def start(code, folder):
     "A Python process in a folder, which prints a line as soon as it is ready"
-    process = subprocess.Popen([sys.executable, '-u', '-c', code], cwd=folder, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, '-u', '-c', code], cwd=folder, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline()
     return process
 
-SLOW_WRITE = '''
+
+SLOW_WRITE = """
 import os, time
 from genrobust import files
 def wait(_):
@@ -42,67 +61,116 @@ def wait(_):
     time.sleep(60)
 files.os.fsync = wait
 files.write_whole('a.txt', 'new')
-'''
+"""
 
 # Tensors
 
+
 def test_tensors_of_every_kind_come_back(tmp_path):
     shared = torch.rand(3)
-    kinds = dict(NUMBERS, transposed=torch.rand(2, 3).T, last=torch.rand(1, 2, 3, 3).to(memory_format=torch.channels_last),
-                 a=shared, b=shared, weight=torch.nn.Parameter(torch.rand(2)), bytes=torch.rand(4).to(torch.float8_e4m3fn))
-    save_tensors(tmp_path/'a', kinds, digest='of something else', metadata=[1], path_='p')
-    again, metadata = load_tensors(tmp_path/'a')
-    assert list(again)==sorted(kinds) and metadata==dict(digest='of something else', metadata=[1], path_='p')
+    kinds = dict(
+        NUMBERS,
+        transposed=torch.rand(2, 3).T,
+        last=torch.rand(1, 2, 3, 3).to(memory_format=torch.channels_last),
+        a=shared,
+        b=shared,
+        weight=torch.nn.Parameter(torch.rand(2)),
+        bytes=torch.rand(4).to(torch.float8_e4m3fn),
+    )
+    save_tensors(tmp_path / 'a', kinds, digest='of something else', metadata=[1], path_='p')
+    again, metadata = load_tensors(tmp_path / 'a')
+    assert list(again) == sorted(kinds) and metadata == dict(
+        digest='of something else', metadata=[1], path_='p'
+    )
     for name, value in kinds.items():
-        assert again[name].dtype==value.dtype and again[name].shape==value.shape
-        assert torch.equal(again[name].view(-1).view(torch.uint8), value.detach().contiguous().view(-1).view(torch.uint8))
+        assert again[name].dtype == value.dtype and again[name].shape == value.shape
+        assert torch.equal(
+            again[name].view(-1).view(torch.uint8),
+            value.detach().contiguous().view(-1).view(torch.uint8),
+        )
     again['x'].add_(1)
+
 
 def test_every_changed_byte_is_noticed(tmp_path):
     "Each byte of a file, with one bit, all bits and to white space"
-    save_tensors(tmp_path/'a', {**NUMBERS, '0'*32: torch.ones(1)}, accuracy=.9143, nested=dict(threshold=[1, 2.5]))
-    whole = (tmp_path/'a').read_bytes()
-    load_tensors(tmp_path/'a')
+    save_tensors(
+        tmp_path / 'a',
+        {**NUMBERS, '0' * 32: torch.ones(1)},
+        accuracy=0.9143,
+        nested=dict(threshold=[1, 2.5]),
+    )
+    whole = (tmp_path / 'a').read_bytes()
+    load_tensors(tmp_path / 'a')
     for place, byte in enumerate(whole):
-        for value in {byte^1, byte^255, 9, 32}-{byte}:
-            (tmp_path/'a').write_bytes(with_byte(whole, place, value))
+        for value in {byte ^ 1, byte ^ 255, 9, 32} - {byte}:
+            (tmp_path / 'a').write_bytes(with_byte(whole, place, value))
             with pytest.raises(ValueError, match='corrupt or truncated'):
-                load_tensors(tmp_path/'a')
-    for content in (whole[:-1], whole+b'0', whole[1:], b''):
-        (tmp_path/'a').write_bytes(content)
+                load_tensors(tmp_path / 'a')
+    for content in (whole[:-1], whole + b'0', whole[1:], b''):
+        (tmp_path / 'a').write_bytes(content)
         with pytest.raises(ValueError, match='corrupt or truncated'):
-            load_tensors(tmp_path/'a')
+            load_tensors(tmp_path / 'a')
+
 
 def test_the_same_content_gives_the_same_bytes(tmp_path):
     "Whatever the order it was given in; a hash table of the library orders several metadata at random"
     for n in range(20):
-        order = (lambda items: dict(reversed(items))) if n%2 else dict
-        tensors, metadata = order([('a', torch.ones(2)), ('b', torch.zeros(3))]), order([('x', 1), ('y', order([('z', [2]), ('a', 0)]))])
-        save_tensors(tmp_path/f'{n}', tensors, **metadata)
-    assert len({path.read_bytes() for path in tmp_path.iterdir()})==1
+        order = (lambda items: dict(reversed(items))) if n % 2 else dict
+        tensors, metadata = (
+            order([('a', torch.ones(2)), ('b', torch.zeros(3))]),
+            order([('x', 1), ('y', order([('z', [2]), ('a', 0)]))]),
+        )
+        save_tensors(tmp_path / f'{n}', tensors, **metadata)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
 
 def test_files_of_before_are_read_and_verified(tmp_path):
-    old = save(NUMBERS, dict(genrobust=json.dumps(dict(accuracy=.9)), digest=digest(NUMBERS)))
-    (tmp_path/'a').write_bytes(old)
-    tensors, metadata = load_tensors(tmp_path/'a')
-    assert metadata==dict(accuracy=.9) and digest(tensors)==digest(NUMBERS)
-    (tmp_path/'a').write_bytes(with_byte(old, len(old)-1, old[-1]^1))
+    old = save(NUMBERS, dict(genrobust=json.dumps(dict(accuracy=0.9)), digest=digest(NUMBERS)))
+    (tmp_path / 'a').write_bytes(old)
+    tensors, metadata = load_tensors(tmp_path / 'a')
+    assert metadata == dict(accuracy=0.9) and digest(tensors) == digest(NUMBERS)
+    (tmp_path / 'a').write_bytes(with_byte(old, len(old) - 1, old[-1] ^ 1))
     with pytest.raises(ValueError, match='corrupt or truncated'):
-        load_tensors(tmp_path/'a')
+        load_tensors(tmp_path / 'a')
     assert all(load_pretrained(name, 'cpu').info for name in pretrained_names())
 
+
 def test_a_digest_is_what_it_was():
-    assert digest(dict(a=torch.arange(3.), b=torch.tensor(True)))=='5ec7c31e8779544a1b31513ba983886b'
+    assert (
+        digest(dict(a=torch.arange(3.0), b=torch.tensor(True)))
+        == '5ec7c31e8779544a1b31513ba983886b'
+    )
+
 
 RIGHT = digest(NUMBERS)
-HOSTILE = ['['*10_000+']'*10_000, '{"a":'*10_000+'1'+'}'*10_000, '{', '', '3', '[]', 'null', '"text"', '9'*5000]
+HOSTILE = [
+    '[' * 10_000 + ']' * 10_000,
+    '{"a":' * 10_000 + '1' + '}' * 10_000,
+    '{',
+    '',
+    '3',
+    '[]',
+    'null',
+    '"text"',
+    '9' * 5000,
+]
 HOSTILE = [dict(genrobust=text, **about) for text in HOSTILE for about in ({}, dict(digest=RIGHT))]
-HOSTILE += [dict(genrobust=text) for text in ('{"digest": 1, "metadata": {}}', '{"digest": "", "metadata": {}}', '{"metadata": {}}', '{"digest": null}', f'{{"digest": "{RIGHT}"}}')]
+HOSTILE += [
+    dict(genrobust=text)
+    for text in (
+        '{"digest": 1, "metadata": {}}',
+        '{"digest": "", "metadata": {}}',
+        '{"metadata": {}}',
+        '{"digest": null}',
+        f'{{"digest": "{RIGHT}"}}',
+    )
+]
 HOSTILE += [dict(genrobust='{}', digest='?'), dict(digest=RIGHT), {}, None]
+
 
 @pytest.mark.parametrize('texts', HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_metadata_are_one_error(texts, tmp_path):
-    file, few = tmp_path/'a.safetensors', Images(*synthetic(20))
+    file, few = tmp_path / 'a.safetensors', Images(*synthetic(20))
     file.write_bytes(save(NUMBERS, texts))
     for load in (load_tensors, load_pretrained):
         with pytest.raises(ValueError, match='a.safetensors'):
@@ -110,39 +178,71 @@ def test_hostile_metadata_are_one_error(texts, tmp_path):
     with pytest.raises(ValueError, match='a.safetensors'):
         fit(CNN(hidden=20), few, few, epochs=1, checkpoint=file, device='cpu', progress=False)
 
+
 def test_a_header_that_is_no_text_is_one_error(tmp_path):
     whole = save(dict(x=torch.ones(1)), dict(genrobust='{"a": "bcd"}'))
-    (tmp_path/'a').write_bytes(whole.replace(b'bcd', b'\xff\xfe\xff'))
+    (tmp_path / 'a').write_bytes(whole.replace(b'bcd', b'\xff\xfe\xff'))
     with pytest.raises(ValueError, match='corrupt or truncated'):
-        load_tensors(tmp_path/'a')
+        load_tensors(tmp_path / 'a')
+
 
 # Models, from files whose digest is right
 
 CNN_STATE = CNN(hidden=20).state_dict()
-CONFIGS = [None, [], 'cnn', {}, dict(name=['cnn']), dict(name='gpt'), dict(name='cnn'), dict(name='cnn', hidden=[20]), dict(name='cnn', hidden='20'),
-           dict(name='cnn', hidden=10**9), dict(name='cnn', hidden=10**30), dict(name='cnn', hidden=-20), dict(name='cnn', hidden=20, n_classes=10**9),
-           dict(name='cnn', hidden=20, dropout=[.1]), dict(name='cnn', hidden=20, dropout=2), dict(name='cnn', hidden=20, colour='red'),
-           dict(name='cnn', hidden=20, seed=-1), dict(name='gfz', hidden=20, latent=10**9)]
+CONFIGS = [
+    None,
+    [],
+    'cnn',
+    {},
+    dict(name=['cnn']),
+    dict(name='gpt'),
+    dict(name='cnn'),
+    dict(name='cnn', hidden=[20]),
+    dict(name='cnn', hidden='20'),
+    dict(name='cnn', hidden=10**9),
+    dict(name='cnn', hidden=10**30),
+    dict(name='cnn', hidden=-20),
+    dict(name='cnn', hidden=20, n_classes=10**9),
+    dict(name='cnn', hidden=20, dropout=[0.1]),
+    dict(name='cnn', hidden=20, dropout=2),
+    dict(name='cnn', hidden=20, colour='red'),
+    dict(name='cnn', hidden=20, seed=-1),
+    dict(name='gfz', hidden=20, latent=10**9),
+]
+
 
 @pytest.mark.parametrize('config', CONFIGS, ids=range(len(CONFIGS)))
 def test_a_model_of_another_configuration_is_one_error(config, tmp_path):
-    save_tensors(tmp_path/'a.safetensors', CNN_STATE, config=config, info={})
+    save_tensors(tmp_path / 'a.safetensors', CNN_STATE, config=config, info={})
     with pytest.raises(ValueError, match='a.safetensors does not hold a model'):
-        load_pretrained(tmp_path/'a.safetensors', 'cpu')
+        load_pretrained(tmp_path / 'a.safetensors', 'cpu')
+
 
 def test_a_model_without_what_belongs_to_it_is_one_error(tmp_path):
     config = dict(name='cnn', hidden=20)
-    for metadata in (dict(config=config), dict(info={}), {}, dict(config=config, info=[1]), dict(config=config, info=None)):
-        save_tensors(tmp_path/'a.safetensors', CNN_STATE, **metadata)
+    for metadata in (
+        dict(config=config),
+        dict(info={}),
+        {},
+        dict(config=config, info=[1]),
+        dict(config=config, info=None),
+    ):
+        save_tensors(tmp_path / 'a.safetensors', CNN_STATE, **metadata)
         with pytest.raises(ValueError, match='a.safetensors does not hold a model'):
-            load_pretrained(tmp_path/'a.safetensors', 'cpu')
+            load_pretrained(tmp_path / 'a.safetensors', 'cpu')
     for state in ({}, dict(list(CNN_STATE.items())[1:]), {**CNN_STATE, 'more': torch.ones(1)}):
-        save_tensors(tmp_path/'a.safetensors', state, config=config, info={})
+        save_tensors(tmp_path / 'a.safetensors', state, config=config, info={})
         with pytest.raises(ValueError, match='a.safetensors does not hold a model'):
-            load_pretrained(tmp_path/'a.safetensors', 'cpu')
-    save_tensors(tmp_path/'a.safetensors', BayesClassifier('DFX', hidden=20).state_dict(), config=dict(name='dfx', hidden=20, n_samples=[1]), info={})
+            load_pretrained(tmp_path / 'a.safetensors', 'cpu')
+    save_tensors(
+        tmp_path / 'a.safetensors',
+        BayesClassifier('DFX', hidden=20).state_dict(),
+        config=dict(name='dfx', hidden=20, n_samples=[1]),
+        info={},
+    )
     with pytest.raises(ValueError, match='n_samples'):
-        load_pretrained(tmp_path/'a.safetensors', 'cpu')
+        load_pretrained(tmp_path / 'a.safetensors', 'cpu')
+
 
 @pytest.mark.parametrize('seed', [-1, 1.5, '1', None, 2**63, 10**30, [1], torch.nan])
 def test_a_seed_is_a_whole_number(seed):
@@ -154,192 +254,302 @@ def test_a_seed_is_a_whole_number(seed):
     with pytest.raises(ValueError, match='seed must be'):
         CNN(hidden=20, seed=seed)
 
+
 def test_the_largest_seeds_train():
     few = Images(*synthetic(20))
     fit(CNN(hidden=20), few, few, epochs=1, seed=92233720368547, device='cpu', progress=False)
     with pytest.raises(ValueError, match='seed must be'):
         fit(CNN(hidden=20), few, few, epochs=1, seed=92233720368548, device='cpu', progress=False)
 
+
 # Writing
 
+
 def test_a_kill_leaves_the_old_file_and_the_next_write_cleans_up(tmp_path):
-    write_whole(tmp_path/'a.txt', 'old')
+    write_whole(tmp_path / 'a.txt', 'old')
     killed = start(SLOW_WRITE, tmp_path)
-    assert len(names(tmp_path))==2
+    assert len(names(tmp_path)) == 2
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    assert (tmp_path/'a.txt').read_text()=='old' and len(names(tmp_path))==2
-    write_whole(tmp_path/'b.txt', 'another')
-    assert len(names(tmp_path))==3, 'only the leavings of its own file'
-    write_whole(tmp_path/'a.txt', 'new')
-    assert names(tmp_path)==['a.txt', 'b.txt']
+    assert (tmp_path / 'a.txt').read_text() == 'old' and len(names(tmp_path)) == 2
+    write_whole(tmp_path / 'b.txt', 'another')
+    assert len(names(tmp_path)) == 3, 'only the leavings of its own file'
+    write_whole(tmp_path / 'a.txt', 'new')
+    assert names(tmp_path) == ['a.txt', 'b.txt']
+
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path):
     writer = start(SLOW_WRITE, tmp_path)
-    temporary, = tmp_path.iterdir()
-    write_whole(tmp_path/'a.txt', 'ours')
-    assert temporary.exists() and (tmp_path/'a.txt').read_text()=='ours'
+    (temporary,) = tmp_path.iterdir()
+    write_whole(tmp_path / 'a.txt', 'ours')
+    assert temporary.exists() and (tmp_path / 'a.txt').read_text() == 'ours'
     writer.kill()
     writer.communicate()
 
+
 def test_without_locks_nothing_is_removed_and_all_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(files, '_lock', lambda file: False)
-    left = tmp_path/f'a.txt.{"0"*16}.tmp'
+    left = tmp_path / f'a.txt.{"0" * 16}.tmp'
     left.touch()
-    write_whole(tmp_path/'a.txt', 'new')
-    assert names(tmp_path)==['a.txt', left.name]
+    write_whole(tmp_path / 'a.txt', 'new')
+    assert names(tmp_path) == ['a.txt', left.name]
+
 
 def test_files_of_the_user_are_no_leavings(tmp_path):
-    mine = ['a.txt.tmp', 'a.txt.backup.tmp', 'a.txt.0123456789abcdef', 'b.txt.0123456789abcdef.tmp', 'a.txt.0123456789ABCDEF.tmp', 'axtxt.0123456789abcdef.tmp']
+    mine = [
+        'a.txt.tmp',
+        'a.txt.backup.tmp',
+        'a.txt.0123456789abcdef',
+        'b.txt.0123456789abcdef.tmp',
+        'a.txt.0123456789ABCDEF.tmp',
+        'axtxt.0123456789abcdef.tmp',
+    ]
     for name in mine:
-        (tmp_path/name).touch()
-    write_whole(tmp_path/'a.txt', '')
-    assert names(tmp_path)==sorted([*mine, 'a.txt'])
-    write_whole(tmp_path/'[a]*.txt', '')
-    (tmp_path/'[a]*.txt.0123456789abcdef.tmp').touch()
-    write_whole(tmp_path/'[a]*.txt', '')
-    assert names(tmp_path)==sorted([*mine, 'a.txt', '[a]*.txt'])
+        (tmp_path / name).touch()
+    write_whole(tmp_path / 'a.txt', '')
+    assert names(tmp_path) == sorted([*mine, 'a.txt'])
+    write_whole(tmp_path / '[a]*.txt', '')
+    (tmp_path / '[a]*.txt.0123456789abcdef.tmp').touch()
+    write_whole(tmp_path / '[a]*.txt', '')
+    assert names(tmp_path) == sorted([*mine, 'a.txt', '[a]*.txt'])
+
 
 def test_a_write_reaches_the_disk_before_the_rename(tmp_path, monkeypatch):
     "The order in which file, name and folder are forced to the disk"
     order = []
     fsync, replace = os.fsync, os.replace
+
     def note_fsync(descriptor):
         order.append('folder' if stat.S_ISDIR(os.fstat(descriptor).st_mode) else 'file')
         fsync(descriptor)
+
     def note_replace(*paths):
         order.append('rename')
         replace(*paths)
+
     monkeypatch.setattr(files.os, 'fsync', note_fsync)
     monkeypatch.setattr(files.os, 'replace', note_replace)
-    write_whole(tmp_path/'a.txt', 'new')
-    assert order==['file', 'rename', 'folder']
+    write_whole(tmp_path / 'a.txt', 'new')
+    assert order == ['file', 'rename', 'folder']
+
 
 def test_links_are_followed_and_permissions_kept(tmp_path):
-    (tmp_path/'there').mkdir()
-    (tmp_path/'link').symlink_to('there/a.txt')
+    (tmp_path / 'there').mkdir()
+    (tmp_path / 'link').symlink_to('there/a.txt')
     mask = os.umask(0o027)
     try:
-        write_whole(tmp_path/'link', 'first')
-        assert stat.S_IMODE((tmp_path/'there/a.txt').stat().st_mode)==0o640
+        write_whole(tmp_path / 'link', 'first')
+        assert stat.S_IMODE((tmp_path / 'there/a.txt').stat().st_mode) == 0o640
     finally:
         os.umask(mask)
     for mode in (0o600, 0o444, 0o755):
-        (tmp_path/'there/a.txt').chmod(mode)
-        write_whole(tmp_path/'link', 'again')
-        assert stat.S_IMODE((tmp_path/'there/a.txt').stat().st_mode)==mode
-    assert (tmp_path/'link').is_symlink() and (tmp_path/'there/a.txt').read_text()=='again'
-    assert names(tmp_path/'there')==['a.txt'] and names(tmp_path)==['link', 'there']
+        (tmp_path / 'there/a.txt').chmod(mode)
+        write_whole(tmp_path / 'link', 'again')
+        assert stat.S_IMODE((tmp_path / 'there/a.txt').stat().st_mode) == mode
+    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'there/a.txt').read_text() == 'again'
+    assert names(tmp_path / 'there') == ['a.txt'] and names(tmp_path) == ['link', 'there']
 
-@pytest.mark.parametrize('name', ['z'*255, 'ä'*127, 'z'*100, 'z'*101, '.hidden', ' ', 'a\nb'], ids=lambda name: name[:3]+str(len(name)))
+
+@pytest.mark.parametrize(
+    'name',
+    ['z' * 255, 'ä' * 127, 'z' * 100, 'z' * 101, '.hidden', ' ', 'a\nb'],
+    ids=lambda name: name[:3] + str(len(name)),
+)
 def test_every_name_that_fits_works(name, tmp_path):
     for content in ('one', 'two'):
-        write_whole(tmp_path/name, content)
-    assert names(tmp_path)==[name] and (tmp_path/name).read_text()=='two'
-    assert len({beside(tmp_path/name, '.previous').name, beside(tmp_path/(name[:-1]+'y'), '.previous').name})==2
+        write_whole(tmp_path / name, content)
+    assert names(tmp_path) == [name] and (tmp_path / name).read_text() == 'two'
+    assert (
+        len(
+            {
+                beside(tmp_path / name, '.previous').name,
+                beside(tmp_path / (name[:-1] + 'y'), '.previous').name,
+            }
+        )
+        == 2
+    )
+
 
 def test_names_and_texts_that_are_no_utf_8_work(tmp_path):
-    folder = Path(os.fsdecode(os.fsencode(tmp_path)+b'/\xff'))
-    assert writable(folder)==folder
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b'/\xff'))
+    assert writable(folder) == folder
     few = Images(*synthetic(20))
     for epochs in (1, 2):
-        fit(CNN(hidden=20), few, few, epochs=epochs, checkpoint=folder/'c', device='cpu', progress=False)
-    save_model(CNN(hidden=20), folder/'a.safetensors', said=str(folder))
-    assert load_pretrained(folder/'a.safetensors', 'cpu').info['said']==str(folder)
-    write_whole(folder/'a.csv', f'{folder},1')
-    assert (folder/'a.csv').read_text().endswith('\\udcff,1')
+        fit(
+            CNN(hidden=20),
+            few,
+            few,
+            epochs=epochs,
+            checkpoint=folder / 'c',
+            device='cpu',
+            progress=False,
+        )
+    save_model(CNN(hidden=20), folder / 'a.safetensors', said=str(folder))
+    assert load_pretrained(folder / 'a.safetensors', 'cpu').info['said'] == str(folder)
+    write_whole(folder / 'a.csv', f'{folder},1')
+    assert (folder / 'a.csv').read_text().endswith('\\udcff,1')
+
 
 def test_an_error_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(_): raise OSError(errno.ENOSPC, 'No space left on device')
-    write_whole(tmp_path/'a', 'old')
+    def full(_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    write_whole(tmp_path / 'a', 'old')
     with monkeypatch.context() as patched:
         patched.setattr(files.os, 'fsync', full)
         with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a'") as raised:
-            write_whole(tmp_path/'a', 'new')
-    assert raised.value.errno==errno.ENOSPC and (tmp_path/'a').read_text()=='old' and names(tmp_path)==['a']
+            write_whole(tmp_path / 'a', 'new')
+    assert (
+        raised.value.errno == errno.ENOSPC
+        and (tmp_path / 'a').read_text() == 'old'
+        and names(tmp_path) == ['a']
+    )
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         write_whole(tmp_path, '')
     with pytest.raises(OSError, match=f'{tmp_path}/a/b'):
-        write_whole(tmp_path/'a'/'b', '')
+        write_whole(tmp_path / 'a' / 'b', '')
     with pytest.raises(OSError, match=f'cannot write to the folder {tmp_path}/a'):
-        writable(tmp_path/'a')
+        writable(tmp_path / 'a')
+
 
 def test_a_device_stays_one():
     write_whole('/dev/null', 'nothing')
     assert stat.S_ISCHR(os.stat('/dev/null').st_mode)
-    if sys.platform=='linux':
+    if sys.platform == 'linux':
         with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
             write_whole('/dev/full', 'something')
 
+
 # Checkpoints
+
 
 def train(epochs, checkpoint, **kw):
     clf, few = CNN(hidden=20), Images(*synthetic(40))
-    fit(clf, few, few, epochs=epochs, batch_size=20, checkpoint=checkpoint, device='cpu', progress=False, **kw)
+    fit(
+        clf,
+        few,
+        few,
+        epochs=epochs,
+        batch_size=20,
+        checkpoint=checkpoint,
+        device='cpu',
+        progress=False,
+        **kw,
+    )
     return digest(clf.state_dict())
 
-@pytest.mark.parametrize('damage', [lambda b: b[:len(b)//2], lambda b: b'', lambda b: with_byte(b, len(b)-5, b[-5]^1), lambda b: bytes(len(b))], ids=['cut', 'empty', 'flipped', 'zeros'])
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda b: b[: len(b) // 2],
+        lambda b: b'',
+        lambda b: with_byte(b, len(b) - 5, b[-5] ^ 1),
+        lambda b: bytes(len(b)),
+    ],
+    ids=['cut', 'empty', 'flipped', 'zeros'],
+)
 @pytest.mark.parametrize('done', [1, 2, 4])
 def test_a_corrupt_checkpoint_falls_back_on_the_one_before(done, damage, tmp_path):
-    straight, path = train(4, tmp_path/'straight'), tmp_path/'c.checkpoint'
+    straight, path = train(4, tmp_path / 'straight'), tmp_path / 'c.checkpoint'
     train(done, path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(UserWarning, match='corrupt or truncated.*goes on from .*c.checkpoint.previous'):
-        assert train(4, path)==straight
-    assert names(tmp_path)==['c.checkpoint', 'c.checkpoint.previous', 'straight', 'straight.previous']
-    assert [len(load_tensors(p)[1]['history']) for p in (path, tmp_path/'c.checkpoint.previous')]==[4, 3]
-    for file in (path, tmp_path/'c.checkpoint.previous'):
+    with pytest.warns(
+        UserWarning, match='corrupt or truncated.*goes on from .*c.checkpoint.previous'
+    ):
+        assert train(4, path) == straight
+    assert names(tmp_path) == [
+        'c.checkpoint',
+        'c.checkpoint.previous',
+        'straight',
+        'straight.previous',
+    ]
+    assert [
+        len(load_tensors(p)[1]['history']) for p in (path, tmp_path / 'c.checkpoint.previous')
+    ] == [4, 3]
+    for file in (path, tmp_path / 'c.checkpoint.previous'):
         file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match='c.checkpoint is not a file.*corrupt or truncated'):
         train(4, path)
 
+
 def test_a_checkpoint_that_is_deleted_is_begun_anew(tmp_path):
-    train(2, tmp_path/'c')
-    (tmp_path/'c').unlink()
-    train(2, tmp_path/'c', seed=1)
-    assert [load_tensors(tmp_path/name)[1]['settings']['seed'] for name in ('c', 'c.previous')]==[1, 1]
+    train(2, tmp_path / 'c')
+    (tmp_path / 'c').unlink()
+    train(2, tmp_path / 'c', seed=1)
+    assert [
+        load_tensors(tmp_path / name)[1]['settings']['seed'] for name in ('c', 'c.previous')
+    ] == [1, 1]
+
 
 def test_a_checkpoint_has_any_name_that_fits(tmp_path):
     straight = train(2, None)
-    train(1, tmp_path/('z'*255))
-    assert train(2, tmp_path/('z'*255))==straight and len(names(tmp_path))==2
+    train(1, tmp_path / ('z' * 255))
+    assert train(2, tmp_path / ('z' * 255)) == straight and len(names(tmp_path)) == 2
 
-HISTORIES = [None, 3, 'ab', {}, [], [1], [{}], [dict(epoch=1, train_bound=0., bound=0., accuracy=0.)], [dict(epoch=0, train_bound='0', bound=0., accuracy=0.)],
-             [dict(epoch=0, train_bound=0., bound=[], accuracy=0.)]]
+
+HISTORIES = [
+    None,
+    3,
+    'ab',
+    {},
+    [],
+    [1],
+    [{}],
+    [dict(epoch=1, train_bound=0.0, bound=0.0, accuracy=0.0)],
+    [dict(epoch=0, train_bound='0', bound=0.0, accuracy=0.0)],
+    [dict(epoch=0, train_bound=0.0, bound=[], accuracy=0.0)],
+]
+
 
 @pytest.mark.parametrize('history', HISTORIES, ids=range(len(HISTORIES)))
 def test_a_checkpoint_without_a_history_is_one_error(history, tmp_path):
-    train(1, tmp_path/'c')
-    tensors, metadata = load_tensors(tmp_path/'c')
-    save_tensors(tmp_path/'c', tensors, **metadata|dict(history=history))
+    train(1, tmp_path / 'c')
+    tensors, metadata = load_tensors(tmp_path / 'c')
+    save_tensors(tmp_path / 'c', tensors, **metadata | dict(history=history))
     with pytest.raises(ValueError, match='/c does not hold a training'):
-        train(2, tmp_path/'c')
+        train(2, tmp_path / 'c')
+
 
 def test_a_checkpoint_without_its_parts_is_one_error(tmp_path):
-    train(1, tmp_path/'c')
-    tensors, metadata = load_tensors(tmp_path/'c')
+    train(1, tmp_path / 'c')
+    tensors, metadata = load_tensors(tmp_path / 'c')
     for part in ('model', 'average', 'best'):
-        save_tensors(tmp_path/'c', {k: v for k,v in tensors.items() if not k.startswith(part)}, **metadata)
+        save_tensors(
+            tmp_path / 'c', {k: v for k, v in tensors.items() if not k.startswith(part)}, **metadata
+        )
         with pytest.raises(ValueError, match='/c does not hold a training'):
-            train(2, tmp_path/'c')
+            train(2, tmp_path / 'c')
     for name in ('config', 'settings'):
         for value in (None, [], 'text'):
-            save_tensors(tmp_path/'c', tensors, **metadata|{name: value})
+            save_tensors(tmp_path / 'c', tensors, **metadata | {name: value})
             with pytest.raises(ValueError, match='/c is the checkpoint of another run'):
-                train(2, tmp_path/'c')
+                train(2, tmp_path / 'c')
+
 
 def test_fit_checks_its_arguments_before_the_images():
     few = Images(torch.zeros(1), torch.zeros(1))  # are not looked at
-    for kw, message in [(dict(epochs=0), 'epochs'), (dict(epochs=1.5), 'epochs'), (dict(epochs='3'), 'epochs'), (dict(batch_size=None), 'batch_size'), (dict(lr='fast'), 'lr'),
-                        (dict(lr=torch.nan), 'lr'), (dict(warmup=.5), 'warmup'), (dict(patience=0), 'patience'), (dict(patience='2'), 'patience'),
-                        (dict(checkpoint='/dev'), 'is a folder'), (dict(device='none'), 'cannot be used')]:
+    for kw, message in [
+        (dict(epochs=0), 'epochs'),
+        (dict(epochs=1.5), 'epochs'),
+        (dict(epochs='3'), 'epochs'),
+        (dict(batch_size=None), 'batch_size'),
+        (dict(lr='fast'), 'lr'),
+        (dict(lr=torch.nan), 'lr'),
+        (dict(warmup=0.5), 'warmup'),
+        (dict(patience=0), 'patience'),
+        (dict(patience='2'), 'patience'),
+        (dict(checkpoint='/dev'), 'is a folder'),
+        (dict(device='none'), 'cannot be used'),
+    ]:
         with pytest.raises(ValueError, match=message):
             fit(CNN(hidden=20), few, few, progress=False, **kw)
     with pytest.raises(OSError, match='cannot write to the folder /dev/null'):
         fit(CNN(hidden=20), few, few, progress=False, checkpoint='/dev/null/c')
 
+
 def test_a_bar_leaves_one_line_for_each_epoch(capsys):
     few = Images(*synthetic(40))
     fit(CNN(hidden=20), few, few, epochs=2, batch_size=20, device='cpu')
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:8] for line in lines]==['epoch 0:', 'epoch 1:']
+    assert [line[:8] for line in lines] == ['epoch 0:', 'epoch 1:']

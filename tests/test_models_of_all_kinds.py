@@ -1,4 +1,5 @@
 "An attack's own fault must never look like a robust model: unusual models, types, bounds and labels give the results of ordinary ones, or one clear error."
+
 import re
 import warnings
 
@@ -36,70 +37,90 @@ IN_A_BOX = [random_noise, fgsm, pgd, mim, apgd, spsa, square]
 every_attack = pytest.mark.parametrize('attack', ATTACKS, ids=lambda f: f.__name__)
 gradient_attacks = pytest.mark.parametrize('attack', NEED_GRADIENT, ids=lambda f: f.__name__)
 
-def make_net(scale=3., classes=4):
+
+def make_net(scale=3.0, classes=4):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes)).eval()
     with torch.no_grad():
         net[3].weight *= scale
     return net
 
+
 NET = make_net()
+
 
 def images(n=6):
     return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 
+
 def small(attack, *args, **kw):
     return attack(*args, **{**SMALL.get(attack, {}), **FEW.get(attack, {}), **kw})
+
 
 def same(result, expected):
     for name in ('x', 'x_adv', 'y', 'y_adv', 'success'):
         assert torch.equal(getattr(result, name), getattr(expected, name)), name
 
+
 # --- gradients that are not numbers
+
 
 class SafeSqrt(torch.autograd.Function):
     "A square root whose gradient is 0 where the plain one's is infinite"
+
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
         return x.sqrt()
+
     @staticmethod
     def backward(ctx, g):
-        x, = ctx.saved_tensors
-        return torch.where(x>0, g/(2*x.clamp_min(1e-30).sqrt()), 0)
+        (x,) = ctx.saved_tensors
+        return torch.where(x > 0, g / (2 * x.clamp_min(1e-30).sqrt()), 0)
+
 
 @gradient_attacks
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('p', [2, torch.inf])
 def test_undefined_gradients_count_as_zero(attack, dtype, p):
     net, x = make_net().to(dtype), images().to(dtype)
-    x[:3,:,::2] = 0
+    x[:3, :, ::2] = 0
     own = {} if attack is carlini_wagner else dict(p=p)
     with pytest.warns(RuntimeWarning, match=r'in \d+ pixels of [3-6] images') as caught:
         result = attack(lambda x: net(x.sqrt()), x, **own)
-    assert len([w for w in caught if 'gradients' in str(w.message)])==1
+    assert len([w for w in caught if 'gradients' in str(w.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         expected = attack(lambda x: net(SafeSqrt.apply(x)), x, **own)
     same(result, expected)
     assert result.success[:3].any()
 
+
 # --- models that change what they are given
+
 
 @every_attack
 def test_a_model_may_change_its_input(attack):
     x = images()
     before = x.clone()
     normalised = nn.Sequential(nn.Flatten(), *NET[1:]).eval()
-    def in_place(x): return normalised(x.sub_(.5).div_(.25))
-    def out_of_place(x): return normalised((x-.5)/.25)
+
+    def in_place(x):
+        return normalised(x.sub_(0.5).div_(0.25))
+
+    def out_of_place(x):
+        return normalised((x - 0.5) / 0.25)
+
     result, expected = (small(attack, model, x) for model in (in_place, out_of_place))
     same(result, expected)
     assert torch.equal(x, before) and torch.equal(result.x, before)
 
+
 def test_scores_leave_the_images_alone():
     class InPlace(nn.Module):
-        def forward(self, x): return NET(x.mul_(0))
+        def forward(self, x):
+            return NET(x.mul_(0))
+
     model, x = InPlace().eval(), images()
     result = random_noise(NET, x)
     found = result.x_adv.clone()
@@ -109,7 +130,9 @@ def test_scores_leave_the_images_alone():
     jacobian(model, result.x_adv)
     assert torch.equal(result.x_adv, found)
 
+
 # --- switches of precision
+
 
 @every_attack
 def test_a_model_may_read_and_set_the_switches_of_cudnn(attack):
@@ -118,32 +141,41 @@ def test_a_model_may_read_and_set_the_switches_of_cudnn(attack):
             assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
             with torch.backends.cudnn.flags(enabled=False):
                 return NET(x)
+
     same(small(attack, Switching().eval(), images()), small(attack, NET, images()))
     assert torch.backends.cudnn.allow_tf32  # PyTorch's default, which is set again
 
+
 # --- other forms of the same network
+
 
 def exported(net):
     batch = torch.export.Dim('batch')
     return torch.export.export(net, (images(),), dynamic_shapes=({0: batch},)).module()
 
+
 FORMS = dict(
     compiled=lambda: torch.compile(NET, dynamic=True, backend='aot_eager'),
-    compiled_in_a_function=lambda: (lambda x, net=torch.compile(NET, dynamic=True, backend='aot_eager'): net(x)),
-    reentrant=lambda: (lambda x: checkpoint(NET, x, use_reentrant=True)),
-    checkpointed=lambda: (lambda x: checkpoint(NET, x, use_reentrant=False)),
+    compiled_in_a_function=lambda: (
+        lambda x, net=torch.compile(NET, dynamic=True, backend='aot_eager'): net(x)
+    ),
+    reentrant=lambda: lambda x: checkpoint(NET, x, use_reentrant=True),
+    checkpointed=lambda: lambda x: checkpoint(NET, x, use_reentrant=False),
     scripted=lambda: torch.jit.script(NET),
     frozen=lambda: torch.jit.freeze(torch.jit.script(NET)),
     traced_and_frozen=lambda: torch.jit.freeze(torch.jit.trace(NET, images())),
     exported=lambda: exported(NET),
-    exported_inside=lambda: nn.Sequential(exported(NET)))
+    exported_inside=lambda: nn.Sequential(exported(NET)),
+)
+
 
 @pytest.fixture(scope='module', params=FORMS)
 def form(request):
     model = FORMS[request.param]()
-    if request.param=='exported_inside':
+    if request.param == 'exported_inside':
         model.training = False  # `eval` would ask the exported part, which refuses
     return model
+
 
 @every_attack
 @pytest.mark.filterwarnings('ignore')
@@ -154,33 +186,49 @@ def test_the_form_of_a_network_does_not_matter(attack, form):
     assert torch.equal(result.success, expected.success)
     assert all(weight.grad is None for weight in NET.parameters())
 
+
 def test_several_gradients_of_a_compiled_model_are_counted():
     class Counting(nn.Module):
         forwards = 0
+
         def __init__(self):
             super().__init__()
             self.net = torch.compile(NET, dynamic=True, backend='aot_eager')
+
         def forward(self, x):
             Counting.forwards += len(x)
             return self.net(x)
+
     result = deepfool(Counting().eval(), images())
-    assert result.success.all() and result.forwards.sum()==Counting.forwards
+    assert result.success.all() and result.forwards.sum() == Counting.forwards
+
 
 # --- no gradient, no logits
 
+
 class Inference(nn.Module):
     "A network whose weights were made in inference mode"
+
     def __init__(self):
         super().__init__()
         with torch.inference_mode():
             self.net = make_net()
-    def forward(self, x): return self.net(x)
+
+    def forward(self, x):
+        return self.net(x)
+
 
 CUT_OFF = dict(
-    detached=lambda x: NET(x.detach()), byte=lambda x: NET((255*x).byte().to(x)/255), long=lambda x: NET((9*x).long().to(x)),
-    no_grad=torch.no_grad()(lambda x: NET(x)), inference=torch.inference_mode()(lambda x: NET(x)),
-    numpy=lambda x: torch.from_numpy(NET(x).detach().numpy()), inference_weights=Inference().eval(),
-    frozen=lambda x, net=make_net().requires_grad_(False): net(x.detach()))
+    detached=lambda x: NET(x.detach()),
+    byte=lambda x: NET((255 * x).byte().to(x) / 255),
+    long=lambda x: NET((9 * x).long().to(x)),
+    no_grad=torch.no_grad()(lambda x: NET(x)),
+    inference=torch.inference_mode()(lambda x: NET(x)),
+    numpy=lambda x: torch.from_numpy(NET(x).detach().numpy()),
+    inference_weights=Inference().eval(),
+    frozen=lambda x, net=make_net().requires_grad_(False): net(x.detach()),
+)
+
 
 @pytest.mark.parametrize('name', CUT_OFF)
 @every_attack
@@ -191,162 +239,264 @@ def test_logits_cut_off_from_the_input_are_said_to_have_no_gradient(attack, name
     with pytest.raises(ValueError, match='no gradient with respect to its input'):
         small(attack, CUT_OFF[name], images())
 
+
 @every_attack
 def test_one_error_for_what_is_no_logits(attack):
-    for model, found in [(lambda x: dict(logits=NET(x)), 'a dict'), (lambda x: (NET(x), x), 'a tuple'), (lambda x: [NET(x)], 'a list'), (lambda x: None, 'a NoneType'),
-                         (lambda x: NET(x).detach().numpy(), 'a ndarray'), (lambda x: NET(x)[0], r'torch.float32 \[4\]'), (lambda x: NET(x).argmax(1), r'torch.int64 \[6\]'),
-                         (lambda x: NET(x)[:,:1], r'\[6, 1\]'), (lambda x: NET(x)[:3], r'\[3, 4\]')]:
-        with pytest.raises(ValueError, match=f'must return float logits .* it returned (torch.float32 )?{found}'):
+    for model, found in [
+        (lambda x: dict(logits=NET(x)), 'a dict'),
+        (lambda x: (NET(x), x), 'a tuple'),
+        (lambda x: [NET(x)], 'a list'),
+        (lambda x: None, 'a NoneType'),
+        (lambda x: NET(x).detach().numpy(), 'a ndarray'),
+        (lambda x: NET(x)[0], r'torch.float32 \[4\]'),
+        (lambda x: NET(x).argmax(1), r'torch.int64 \[6\]'),
+        (lambda x: NET(x)[:, :1], r'\[6, 1\]'),
+        (lambda x: NET(x)[:3], r'\[3, 4\]'),
+    ]:
+        with pytest.raises(
+            ValueError, match=f'must return float logits .* it returned (torch.float32 )?{found}'
+        ):
             small(attack, model, images())
+
 
 @every_attack
 def test_a_batch_of_one_may_come_at_any_time(attack):
     "A model that drops axes of length 1 fails on the last image that is left, whenever that is; with one clear error"
-    for model in (lambda x: NET(x).squeeze(), lambda x: NET(x.squeeze()[:,None]), lambda x: NET(x).squeeze().log_softmax(1)):
+    for model in (
+        lambda x: NET(x).squeeze(),
+        lambda x: NET(x.squeeze()[:, None]),
+        lambda x: NET(x).squeeze().log_softmax(1),
+    ):
         with pytest.raises(ValueError, match='logits|cannot take images'):
             small(attack, model, images(1))
-        try: small(attack, model, images(7))
-        except ValueError as e: assert re.search('logits|cannot take images', str(e))
+        try:
+            small(attack, model, images(7))
+        except ValueError as e:
+            assert re.search('logits|cannot take images', str(e))
+
 
 def test_a_batch_that_is_too_large_for_memory_is_not_called_bad_input():
-    def full(x): raise RuntimeError('MPS backend out of memory (MPS allocated: 9 GB)')
+    def full(x):
+        raise RuntimeError('MPS backend out of memory (MPS allocated: 9 GB)')
+
     with pytest.raises(RuntimeError, match='out of memory') as caught:
         pgd(full, images())
     assert not isinstance(caught.value, ValueError)
 
+
 # --- types
+
 
 @every_attack
 def test_images_and_labels_of_other_types(attack):
     class Picture(torch.Tensor):
         pass
+
     x = images()
     y = NET(x).argmax(1)
     expected = small(attack, NET, x, y)
     same(small(attack, NET, x.as_subclass(Picture), y.as_subclass(Picture)), expected)
     same(small(attack, NET, nn.Parameter(x), y.int()), expected)
     index = [7, 3, 5, 1, 0, 2]
-    for labels in (pd.Series(y.numpy(), index=index), pd.Series(y.numpy(), index=list('abcdef'), dtype='Int64'), pd.Series(y.numpy(), dtype='category'),
-                   y.tolist(), y.numpy(), y.numpy().astype(np.uint8), list(y), tuple(y.tolist())):
+    for labels in (
+        pd.Series(y.numpy(), index=index),
+        pd.Series(y.numpy(), index=list('abcdef'), dtype='Int64'),
+        pd.Series(y.numpy(), dtype='category'),
+        y.tolist(),
+        y.numpy(),
+        y.numpy().astype(np.uint8),
+        list(y),
+        tuple(y.tolist()),
+    ):
         same(small(attack, NET, x, labels), expected)
-    target = (y+1)%4
-    same(small(attack, NET, x, y, target=pd.Series(target.numpy(), index=index)), small(attack, NET, x, y, target=target))
-    for labels in (pd.Series(list('abcdef')), pd.Series(y.numpy().astype(float)), 'cat', [[1]]*6, [1]*5, [2**70]*6, object()):
+    target = (y + 1) % 4
+    same(
+        small(attack, NET, x, y, target=pd.Series(target.numpy(), index=index)),
+        small(attack, NET, x, y, target=target),
+    )
+    for labels in (
+        pd.Series(list('abcdef')),
+        pd.Series(y.numpy().astype(float)),
+        'cat',
+        [[1]] * 6,
+        [1] * 5,
+        [2**70] * 6,
+        object(),
+    ):
         with pytest.raises(ValueError, match='y must be integers'):
             small(attack, NET, x, labels)
+
 
 @every_attack
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_results_of_every_type_make_a_table(attack, dtype):
     net = make_net().to(dtype)
-    result = small(attack, net, images().to(dtype), **(dict(h=.2) if attack in (zoo, spsa) and dtype!=torch.float64 else {}))
-    assert result.x_adv.dtype==dtype and result.x_adv.isfinite().all()
+    result = small(
+        attack,
+        net,
+        images().to(dtype),
+        **(dict(h=0.2) if attack in (zoo, spsa) and dtype != torch.float64 else {}),
+    )
+    assert result.x_adv.dtype == dtype and result.x_adv.isfinite().all()
     frame = result.to_frame()
-    assert len(frame)==6 and frame.l2.dtype.kind=='f' and np.isfinite(frame.l2).all()
+    assert len(frame) == 6 and frame.l2.dtype.kind == 'f' and np.isfinite(frame.l2).all()
     assert np.isfinite(result.summary()['forwards']) and 'AttackResult' in repr(result)
 
+
 @pytest.mark.parametrize('attack', IN_A_BOX, ids=lambda f: f.__name__)
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize('eps', [.1, 1/3, 8/255, .3])
+@pytest.mark.parametrize(
+    'dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize('eps', [0.1, 1 / 3, 8 / 255, 0.3])
 def test_no_pixel_moves_by_more_than_eps(attack, dtype, eps):
     net, x = make_net().to(dtype), images(20).to(dtype)
-    result = small(attack, net, x, eps=eps, **(dict(h=.2, lr=eps, samples=64) if attack is spsa else {}))
-    assert (result.linf<=eps).all() and result.x_adv.min()>=0 and result.x_adv.max()<=1
-    assert result.linf.max() > .9*eps
+    result = small(
+        attack, net, x, eps=eps, **(dict(h=0.2, lr=eps, samples=64) if attack is spsa else {})
+    )
+    assert (result.linf <= eps).all() and result.x_adv.min() >= 0 and result.x_adv.max() <= 1
+    assert result.linf.max() > 0.9 * eps
+
 
 # --- distances in coarse numbers
 
+
 def answer_changes_at(model, result, n=401):
     "The share of each perturbation at which the model's answer first changes"
-    t = torch.linspace(0, 1, n)[:,None,None,None].to(result.x)
-    found = zip(result.x[result.success], result.perturbation[result.success], result.y[result.success])
-    return torch.tensor([t[model(x+t*d).argmax(1)!=y].min().item() for x, d, y in found])
+    t = torch.linspace(0, 1, n)[:, None, None, None].to(result.x)
+    found = zip(
+        result.x[result.success], result.perturbation[result.success], result.y[result.success]
+    )
+    return torch.tensor([t[model(x + t * d).argmax(1) != y].min().item() for x, d, y in found])
+
 
 COARSE = dict(
-    bfloat16=lambda net: (lambda x, net=net.bfloat16(): net(x.bfloat16())), float16=lambda net: (lambda x, net=net.half(): net(x.half())),
-    autocast=lambda net: torch.autocast('cpu', torch.bfloat16)(lambda x: net(x)), constant=lambda net: (lambda x: net(x)+1e6), minus=lambda net: (lambda x: net(x)-3e5))
+    bfloat16=lambda net: lambda x, net=net.bfloat16(): net(x.bfloat16()),
+    float16=lambda net: lambda x, net=net.half(): net(x.half()),
+    autocast=lambda net: torch.autocast('cpu', torch.bfloat16)(lambda x: net(x)),
+    constant=lambda net: lambda x: net(x) + 1e6,
+    minus=lambda net: lambda x: net(x) - 3e5,
+)
+
 
 @pytest.mark.parametrize('name', COARSE)
 @pytest.mark.parametrize('attack', MINIMUM_NORM, ids=lambda f: f.__name__)
 def test_distances_are_those_at_which_the_answer_changes(attack, name):
-    model, x = COARSE[name](make_net(30.)), images(20)
-    own = {zoo: dict(max_queries=8000, coordinates=64, h=.1)}
+    model, x = COARSE[name](make_net(30.0)), images(20)
+    own = {zoo: dict(max_queries=8000, coordinates=64, h=0.1)}
     result = attack(model, x, **own.get(attack, {}))
-    assert result.success.double().mean() > .5
-    assert torch.equal(result.success, model(result.x_adv).argmax(1)!=result.y)
-    assert answer_changes_at(model, result).median() > .9
+    assert result.success.double().mean() > 0.5
+    assert torch.equal(result.success, model(result.x_adv).argmax(1) != result.y)
+    assert answer_changes_at(model, result).median() > 0.9
+
 
 def test_a_margin_that_was_asked_for_is_kept_in_coarse_numbers():
-    model, x = COARSE['constant'](make_net(30.)), images(20)
+    model, x = COARSE['constant'](make_net(30.0)), images(20)
     result = carlini_wagner(model, x, kappa=5)
     logits = model(result.x_adv[result.success])
-    others = logits.scatter(1, result.y[result.success][:,None], -torch.inf)
-    ahead = others.amax(1)-logits.gather(1, result.y[result.success][:,None]).squeeze(1)
-    assert result.success.any() and (ahead>=5).all()
+    others = logits.scatter(1, result.y[result.success][:, None], -torch.inf)
+    ahead = others.amax(1) - logits.gather(1, result.y[result.success][:, None]).squeeze(1)
+    assert result.success.any() and (ahead >= 5).all()
+
 
 # --- bounds
 
-PAIRS = [(.2860, .3530), (.1307, .3081), (.1918, .3483), (.5, .5), (.4914, .2023), (.4822, .1994), (.4465, .2010), (.485, .229), (.456, .224), (.406, .225), (.5071, .2673), (.4865, .2564), (.4409, .2762),
-         (.4377, .1980), (.4438, .2010), (.4728, .1970), (.48145466, .26862954), (.4578275, .26130258), (.40821073, .27577711)]
+PAIRS = [
+    (0.2860, 0.3530),
+    (0.1307, 0.3081),
+    (0.1918, 0.3483),
+    (0.5, 0.5),
+    (0.4914, 0.2023),
+    (0.4822, 0.1994),
+    (0.4465, 0.2010),
+    (0.485, 0.229),
+    (0.456, 0.224),
+    (0.406, 0.225),
+    (0.5071, 0.2673),
+    (0.4865, 0.2564),
+    (0.4409, 0.2762),
+    (0.4377, 0.1980),
+    (0.4438, 0.2010),
+    (0.4728, 0.1970),
+    (0.48145466, 0.26862954),
+    (0.4578275, 0.26130258),
+    (0.40821073, 0.27577711),
+]
+
 
 @pytest.mark.parametrize('mean, std', PAIRS)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_bounds_of_normalised_images_may_be_off_by_rounding(mean, std, dtype):
     x = images(8)
     x[0], x[1] = 0, 1
-    x = ((x.to(dtype)-mean)/std)
-    bounds, net = ((0-mean)/std, (1-mean)/std), make_net().to(dtype)
+    x = (x.to(dtype) - mean) / std
+    bounds, net = ((0 - mean) / std, (1 - mean) / std), make_net().to(dtype)
     for attack in (fgsm, square, deepfool):
         result = small(attack, net, x, bounds=bounds)
         low, high = (torch.tensor(bound).to(dtype) for bound in bounds)
-        assert result.x.min()>=low and result.x_adv.max()<=high and torch.allclose(result.x, x, rtol=1e-2)
+        assert (
+            result.x.min() >= low
+            and result.x_adv.max() <= high
+            and torch.allclose(result.x, x, rtol=1e-2)
+        )
+
 
 def test_bounds_that_are_wrong_are_told_with_both_numbers():
     with pytest.raises(ValueError, match=r'within bounds \[0, 1\], found \[0, 1.00001'):
-        fgsm(NET, torch.tensor([0., 1.00001]).repeat(32).view(1, 1, 8, 8))
+        fgsm(NET, torch.tensor([0.0, 1.00001]).repeat(32).view(1, 1, 8, 8))
     with pytest.raises(ValueError, match='start must lie within bounds'):
-        hop_skip_jump(NET, images(), start=images()+1)
+        hop_skip_jump(NET, images(), start=images() + 1)
+
 
 # --- many classes
+
 
 @pytest.mark.parametrize('attack', [deepfool, truncated_deepfool], ids=lambda f: f.__name__)
 def test_deepfool_of_many_classes_costs_what_its_candidates_cost(attack):
     net, x = make_net(classes=200), images()
     result = attack(net, x)
-    assert result.success.all() and (result.backwards%9==0).all()
-    assert (attack(net, x, candidates=None).backwards%199==0).all()
-    assert (attack(net, x, candidates=3).backwards%2==0).all()
+    assert result.success.all() and (result.backwards % 9 == 0).all()
+    assert (attack(net, x, candidates=None).backwards % 199 == 0).all()
+    assert (attack(net, x, candidates=3).backwards % 2 == 0).all()
     ten = make_net(classes=10)
     same(attack(ten, x), attack(ten, x, candidates=None))
+
 
 def test_deepfool_takes_images_in_parts_where_gradients_are_many(monkeypatch):
     net, x = make_net(classes=200), images()
     expected = deepfool(net, x)
-    monkeypatch.setattr('genrobust.attacks.boundary.LARGEST_JACOBIAN', 9*64*2)
+    monkeypatch.setattr('genrobust.attacks.boundary.LARGEST_JACOBIAN', 9 * 64 * 2)
     seen = []
     result = deepfool(lambda x: seen.append(len(x)) or net(x), x)
-    assert torch.allclose(result.x_adv, expected.x_adv, atol=1e-6) and seen[1:4]==[2, 2, 2]
+    assert torch.allclose(result.x_adv, expected.x_adv, atol=1e-6) and seen[1:4] == [2, 2, 2]
+
 
 # --- zoo
+
 
 @pytest.mark.parametrize('bound', [1, 10, 1000, 1e5])
 def test_zoo_in_wide_bounds(bound):
     "A linear model, of which the distance is known, and data much smaller than the bounds"
     torch.manual_seed(0)
-    linear, x = nn.Linear(20, 2).eval(), torch.rand(20, 20)-.5
-    w, logits = linear.weight[1]-linear.weight[0], linear(x)
-    exact = (logits[:,1]-logits[:,0]).abs()/w.norm()
-    result = zoo(linear, x, bounds=(-bound, bound), h=.2)
-    assert result.success.all() and (result.l2/exact.detach()).median() < 1.05
+    linear, x = nn.Linear(20, 2).eval(), torch.rand(20, 20) - 0.5
+    w, logits = linear.weight[1] - linear.weight[0], linear(x)
+    exact = (logits[:, 1] - logits[:, 0]).abs() / w.norm()
+    result = zoo(linear, x, bounds=(-bound, bound), h=0.2)
+    assert result.success.all() and (result.l2 / exact.detach()).median() < 1.05
+
 
 # --- random models and training mode
 
+
 class Noisy(nn.Module):
     "Random smoothing's base classifier"
-    def __init__(self, scale=.2):
+
+    def __init__(self, scale=0.2):
         super().__init__()
         self.scale = scale
-    def forward(self, x): return NET(x+self.scale*torch.randn_like(x))
+
+    def forward(self, x):
+        return NET(x + self.scale * torch.randn_like(x))
+
 
 @every_attack
 def test_seed_decides_the_noise_of_any_model(attack):
@@ -357,34 +507,51 @@ def test_seed_decides_the_noise_of_any_model(attack):
     torch.manual_seed(4)
     same(small(attack, Noisy().eval(), x, seed=1), first)
     net = make_net()
-    dropout = nn.Sequential(net[0], nn.Dropout(.5), *net[1:])
+    dropout = nn.Sequential(net[0], nn.Dropout(0.5), *net[1:])
     dropout.train()
     same(*(small(attack, dropout, x, seed=2, allow_training=True) for _ in range(2)))
     torch.manual_seed(3)
-    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's random numbers are where they were
+    assert torch.equal(
+        torch.random.get_rng_state(), state
+    )  # the caller's random numbers are where they were
     other = small(attack, Noisy().eval(), x, seed=2)
     assert not torch.equal(other.x_adv, first.x_adv)
+
 
 @every_attack
 def test_no_perturbation_is_no_success(attack):
     x = images(60)
-    result = small(attack, Noisy(1.).eval(), x, NET(x).argmax(1), batch_size=20)
-    assert (result.l2[result.success]>0).all()
+    result = small(attack, Noisy(1.0).eval(), x, NET(x).argmax(1), batch_size=20)
+    assert (result.l2[result.success] > 0).all()
     if attack in IN_A_BOX:
-        still = small(attack, Noisy(1.).eval(), x, eps=0.)
+        still = small(attack, Noisy(1.0).eval(), x, eps=0.0)
         assert not still.success.any() and torch.equal(still.y, still.y_adv)
+
 
 @every_attack
 def test_training_mode_keeps_the_statistics_of_batch_norm(attack):
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(4)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(144, 4))).train()
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        norm,
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(144, 4)),
+    ).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     small(attack, model, images(8), allow_training=True)
-    assert norm.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert norm.training and all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items()
+    )
+
 
 def test_one_vs_all_works_on_models_of_all_kinds():
     x = images()
     expected = one_vs_all(deepfool, NET, x)
-    assert torch.allclose(one_vs_all(deepfool, torch.jit.freeze(torch.jit.script(NET)), x).x_adv, expected.x_adv, atol=1e-5)
-    same(*(one_vs_all(deepfool, Noisy(.05).eval(), x, seed=1) for _ in range(2)))
+    assert torch.allclose(
+        one_vs_all(deepfool, torch.jit.freeze(torch.jit.script(NET)), x).x_adv,
+        expected.x_adv,
+        atol=1e-5,
+    )
+    same(*(one_vs_all(deepfool, Noisy(0.05).eval(), x, seed=1) for _ in range(2)))

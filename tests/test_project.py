@@ -1,5 +1,16 @@
 "The house: notebooks, site, README and package agree with one another."
-import ast, configparser, dis, importlib, inspect, json, os, re, shlex, subprocess, sys
+
+import ast
+import configparser
+import dis
+import importlib
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import CodeType
 
@@ -7,198 +18,419 @@ import nbformat
 import pytest
 import torch
 import yaml
+from notebooks import directives, readme
 
 import genrobust
 from genrobust import cli
-from notebooks import directives, readme
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted((ROOT/'nbs').glob('*.ipynb'))
+NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 SETTINGS = configparser.ConfigParser(delimiters=['='])
-SETTINGS.read(ROOT/'settings.ini')
+SETTINGS.read(ROOT / 'settings.ini')
 SETTINGS = SETTINGS['DEFAULT']
-MODULES = ['files', 'numerics', 'data', 'models', 'training', 'attacks', 'attacks.core', 'attacks.gradient', 'attacks.boundary', 'attacks.penalty', 'attacks.query', 'detection', 'adaptive', 'results', 'bench', 'cli']
+MODULES = [
+    'files',
+    'numerics',
+    'data',
+    'models',
+    'training',
+    'attacks',
+    'attacks.core',
+    'attacks.gradient',
+    'attacks.boundary',
+    'attacks.penalty',
+    'attacks.query',
+    'detection',
+    'adaptive',
+    'results',
+    'bench',
+    'cli',
+]
 
-def cells(path): return nbformat.read(path, as_version=4).cells
+
+def cells(path):
+    return nbformat.read(path, as_version=4).cells
+
+
 every_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+
 
 def test_readme_is_the_index():
     text, figures = readme()
-    assert (ROOT/'README.md').read_text()==text, 'run: make readme'
-    assert {str(path.relative_to(ROOT)): path.read_bytes() for path in (ROOT/'results/readme').iterdir()}==figures, 'run: make readme'
+    assert (ROOT / 'README.md').read_text() == text, 'run: make readme'
+    assert {
+        str(path.relative_to(ROOT)): path.read_bytes()
+        for path in (ROOT / 'results/readme').iterdir()
+    } == figures, 'run: make readme'
     links = re.findall(r'\]\(([^)#:]+)\)', text)
-    assert links and all((ROOT/link).exists() for link in links), links
+    assert links and all((ROOT / link).exists() for link in links), links
+
 
 @every_notebook
 def test_outputs_are_fit_to_be_shown(path):
     "Executed, without errors or warnings, and without a path of the machine that ran them"
-    code = [c for c in cells(path) if c.cell_type=='code']
+    code = [c for c in cells(path) if c.cell_type == 'code']
     outputs = [o for c in code for o in c.outputs]
     text = json.dumps(outputs)
     assert outputs
-    assert not any(o.output_type=='error' or o.get('name')=='stderr' for o in outputs)
-    for bad in (str(Path.home())+'/', str(ROOT), '/tmp/', 'Warning', 'Traceback', 'synthetic images stand in'): assert bad not in text, bad
+    assert not any(o.output_type == 'error' or o.get('name') == 'stderr' for o in outputs)
+    for bad in (
+        str(Path.home()) + '/',
+        str(ROOT),
+        '/tmp/',
+        'Warning',
+        'Traceback',
+        'synthetic images stand in',
+    ):
+        assert bad not in text, bad
+
 
 @every_notebook
 def test_reads_as_a_chapter(path):
     "A title, a description, and text between cells; imports in cells of their own"
     found = cells(path)
     assert found[0].source.startswith('# ') and '\n> ' in found[0].source
-    assert sum(c.cell_type=='markdown' for c in found) >= 4
+    assert sum(c.cell_type == 'markdown' for c in found) >= 4
     for cell in found:
-        if cell.cell_type!='code' or 'slow' in directives(cell): continue
+        if cell.cell_type != 'code' or 'slow' in directives(cell):
+            continue
         lines = [line for line in cell.source.splitlines() if line and not line.startswith('#')]
         imports = [line for line in lines if line.startswith(('import ', 'from '))]
-        assert not imports or len(imports)==len(lines) or 'notest' in directives(cell), cell.source
+        assert not imports or len(imports) == len(lines) or 'notest' in directives(cell), (
+            cell.source
+        )
+
 
 @every_notebook
 def test_every_figure_can_be_read_out_and_every_page_opened_elsewhere(path):
     found = cells(path)
     for cell in found:
-        if cell.cell_type=='code' and any('image/png' in o.get('data', {}) for o in cell.outputs): assert yaml.safe_load(re.search(r'^#\| (fig-alt: .*)', cell.source, re.M)[1])['fig-alt'], cell.source
-    assert found[1].source.startswith(f'[Open in Colab](https://colab.research.google.com/github/genrobust/genrobust/blob/{SETTINGS["branch"]}/nbs/{path.name})')
+        if cell.cell_type == 'code' and any('image/png' in o.get('data', {}) for o in cell.outputs):
+            assert yaml.safe_load(re.search(r'^#\| (fig-alt: .*)', cell.source, re.M)[1])[
+                'fig-alt'
+            ], cell.source
+    assert found[1].source.startswith(
+        f'[Open in Colab](https://colab.research.google.com/github/genrobust/genrobust/blob/{SETTINGS["branch"]}/nbs/{path.name})'
+    )
     assert any('/content' in c.source and {'hide', 'eval:'} <= directives(c) for c in found)
+
 
 def test_slow_cells_only_write_results_and_fast_ones_only_read_them():
     for path in NOTEBOOKS:
         for cell in cells(path):
-            writes = re.findall(r"(?:to_csv|write_text|mkdir|savefig)\(.*results", cell.source)
-            assert not writes or 'slow' in directives(cell) or 'export' in directives(cell), cell.source
+            writes = re.findall(r'(?:to_csv|write_text|mkdir|savefig)\(.*results', cell.source)
+            assert not writes or 'slow' in directives(cell) or 'export' in directives(cell), (
+                cell.source
+            )
+
 
 def names(source):
     "What a cell binds, what it reads without having bound it, and what each of its functions reads"
-    def inside(code): return [c for c in code.co_consts if isinstance(c, CodeType)]
-    def read(code): return {i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_NAME', 'LOAD_GLOBAL')}.union(*map(read, inside(code)))
+
+    def inside(code):
+        return [c for c in code.co_consts if isinstance(c, CodeType)]
+
+    def read(code):
+        return {
+            i.argval for i in dis.get_instructions(code) if i.opname in ('LOAD_NAME', 'LOAD_GLOBAL')
+        }.union(*map(read, inside(code)))
+
     code, bound, reads = compile(source, 'cell', 'exec'), set(), set()
     for i in dis.get_instructions(code):
-        if i.opname=='STORE_NAME': bound.add(i.argval)
-        if i.opname=='LOAD_NAME' and i.argval not in bound: reads.add(i.argval)
+        if i.opname == 'STORE_NAME':
+            bound.add(i.argval)
+        if i.opname == 'LOAD_NAME' and i.argval not in bound:
+            reads.add(i.argval)
     of_functions = {c.co_name: read(c) for c in inside(code)}
-    return bound, reads | (set().union(*of_functions.values())-bound), of_functions
+    return bound, reads | (set().union(*of_functions.values()) - bound), of_functions
+
 
 def borrowed(found):
     "Names that fast cells read, themselves or through functions, as slow cells bound them; the data sets are the same wherever they are loaded"
     of_slow, functions, bad = set(), {}, set()
     for cell in found:
         slow = 'slow' in directives(cell)
-        bound, reads, of_functions = names(re.sub('^.*= load_or_synthetic\\(\\)$', '', cell.source, flags=re.M) if slow else cell.source)
+        bound, reads, of_functions = names(
+            re.sub('^.*= load_or_synthetic\\(\\)$', '', cell.source, flags=re.M)
+            if slow
+            else cell.source
+        )
         functions |= of_functions
-        while more := set().union(*(functions.get(name, set()) for name in reads))-reads-bound: reads |= more
-        if not slow: bad |= reads & of_slow
-        of_slow = of_slow | bound if slow else of_slow-bound
+        while more := set().union(*(functions.get(name, set()) for name in reads)) - reads - bound:
+            reads |= more
+        if not slow:
+            bad |= reads & of_slow
+        of_slow = of_slow | bound if slow else of_slow - bound
     return bad
 
+
 def test_a_name_of_a_slow_cell_is_noticed():
-    def of(*sources): return borrowed([nbformat.v4.new_code_cell(source) for source in ('x = 1\ndef f(): return g()\ndef g(): return x', '#| slow\nx = 2', *sources)])
-    assert of('x')==of('f()')==of('x = x+1')==of('[x for _ in "ab"]')=={'x'}
-    assert of('x = 3; f()')==of('x = 3', 'f()')==of('[x for x in "ab"]')==of('def h(x): return x')==of('#| slow\nx')==set()
+    def of(*sources):
+        return borrowed(
+            [
+                nbformat.v4.new_code_cell(source)
+                for source in (
+                    'x = 1\ndef f(): return g()\ndef g(): return x',
+                    '#| slow\nx = 2',
+                    *sources,
+                )
+            ]
+        )
+
+    assert of('x') == of('f()') == of('x = x+1') == of('[x for _ in "ab"]') == {'x'}
+    assert (
+        of('x = 3; f()')
+        == of('x = 3', 'f()')
+        == of('[x for x in "ab"]')
+        == of('def h(x): return x')
+        == of('#| slow\nx')
+        == set()
+    )
+
 
 @every_notebook
 def test_no_fast_cell_reads_what_a_slow_one_bound(path):
     "So a chapter shows the same, whether its slow cells were run or not"
-    assert not borrowed(c for c in cells(path) if c.cell_type=='code' and 'eval:' not in directives(c))
+    assert not borrowed(
+        c for c in cells(path) if c.cell_type == 'code' and 'eval:' not in directives(c)
+    )
+
 
 def test_sidebar_lists_every_page_once_in_order():
-    site = yaml.safe_load((ROOT/'_quarto.yml').read_text())
-    listed = [page for entry in site['website']['sidebar']['contents'] for page in (entry['contents'] if isinstance(entry, dict) else [entry])]
-    assert listed==['index.ipynb', *[p.name for p in NOTEBOOKS if p.stem!='index']]
-    assert yaml.safe_load((ROOT/'nbs/_quarto.yml').read_text())=={'metadata-files': ['../_quarto.yml', 'nbdev.yml']}
+    site = yaml.safe_load((ROOT / '_quarto.yml').read_text())
+    listed = [
+        page
+        for entry in site['website']['sidebar']['contents']
+        for page in (entry['contents'] if isinstance(entry, dict) else [entry])
+    ]
+    assert listed == ['index.ipynb', *[p.name for p in NOTEBOOKS if p.stem != 'index']]
+    assert yaml.safe_load((ROOT / 'nbs/_quarto.yml').read_text()) == {
+        'metadata-files': ['../_quarto.yml', 'nbdev.yml']
+    }
+
 
 def anchors(page):
     "Of its headings, and of those that its documentation shows"
     found = cells(page)
-    texts = [c.source for c in found if c.cell_type=='markdown'] + [o.get('data', {}).get('text/markdown', '') for c in found for o in c.get('outputs', [])]
-    return {re.sub(r'[^\w.-]', '', heading.lower().replace(' ', '-')) for heading in re.findall('^#+ (.*)', '\n'.join(texts), re.M)}
+    texts = [c.source for c in found if c.cell_type == 'markdown'] + [
+        o.get('data', {}).get('text/markdown', '') for c in found for o in c.get('outputs', [])
+    ]
+    return {
+        re.sub(r'[^\w.-]', '', heading.lower().replace(' ', '-'))
+        for heading in re.findall('^#+ (.*)', '\n'.join(texts), re.M)
+    }
+
 
 def test_the_site_is_processed_and_its_links_lead_somewhere():
-    subprocess.run(['nbdev_proc_nbs'], cwd=ROOT, check=True, capture_output=True, env=dict(os.environ, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'))
-    pages, site = ROOT/'_proc', f'{SETTINGS["doc_host"]}{SETTINGS["doc_baseurl"]}/'
-    rendered = {re.sub(r'^[0-9]+_', '', p.stem)+'.html': p.name for p in NOTEBOOKS}
-    assert {p.name for p in pages.glob('*.ipynb')}=={p.name for p in NOTEBOOKS}
-    assert yaml.safe_load((pages/'nbdev.yml').read_text())['project']['output-dir']==SETTINGS['doc_path']
+    subprocess.run(
+        ['nbdev_proc_nbs'],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        env=dict(os.environ, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'),
+    )
+    pages, site = ROOT / '_proc', f'{SETTINGS["doc_host"]}{SETTINGS["doc_baseurl"]}/'
+    rendered = {re.sub(r'^[0-9]+_', '', p.stem) + '.html': p.name for p in NOTEBOOKS}
+    assert {p.name for p in pages.glob('*.ipynb')} == {p.name for p in NOTEBOOKS}
+    assert (
+        yaml.safe_load((pages / 'nbdev.yml').read_text())['project']['output-dir']
+        == SETTINGS['doc_path']
+    )
     for path in pages.glob('*.ipynb'):
-        for link, anchor in re.findall(r'(?:\]\(|(?:src|href)=")([^)#"]*)#?([^)"]*)', '\n'.join(c.source for c in cells(path) if c.cell_type=='markdown')):
+        for link, anchor in re.findall(
+            r'(?:\]\(|(?:src|href)=")([^)#"]*)#?([^)"]*)',
+            '\n'.join(c.source for c in cells(path) if c.cell_type == 'markdown'),
+        ):
             link = link.removeprefix(site)
-            page = pages/rendered.get(link, link or path.name)
-            assert link.startswith('https://') or page.exists() and (not anchor or anchor in anchors(page)), (path.name, link, anchor)
-        assert not any(o.output_type=='error' for c in cells(path) if c.cell_type=='code' for o in c.outputs)
+            page = pages / rendered.get(link, link or path.name)
+            assert (
+                link.startswith('https://')
+                or page.exists()
+                and (not anchor or anchor in anchors(page))
+            ), (path.name, link, anchor)
+        assert not any(
+            o.output_type == 'error'
+            for c in cells(path)
+            if c.cell_type == 'code'
+            for o in c.outputs
+        )
+
 
 def test_workflows_are_valid_and_call_what_a_person_calls():
-    files = sorted((ROOT/'.github/workflows').glob('*.yml'))
-    checked = subprocess.run([sys.executable, '-m', 'check_jsonschema', '--builtin-schema', 'vendor.github-workflows', *files], capture_output=True, text=True)
-    assert checked.returncode==0, checked.stdout
-    jobs = {name: job for path in files for name,job in yaml.safe_load(path.read_text())['jobs'].items()}
+    files = sorted((ROOT / '.github/workflows').glob('*.yml'))
+    checked = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'check_jsonschema',
+            '--builtin-schema',
+            'vendor.github-workflows',
+            *files,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert checked.returncode == 0, checked.stdout
+    jobs = {
+        name: job
+        for path in files
+        for name, job in yaml.safe_load(path.read_text())['jobs'].items()
+    }
     commands = [step['run'] for job in jobs.values() for step in job['steps'] if 'run' in step]
-    targets = re.findall(r'^([a-z-]+):', (ROOT/'Makefile').read_text(), re.M)
-    assert sorted(commands)==['make docs', 'make test'] and all(c.split()[1] in targets for c in commands)
+    targets = re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.M)
+    assert sorted(commands) == ['make docs', 'make test'] and all(
+        c.split()[1] in targets for c in commands
+    )
     python = jobs['test']['strategy']['matrix']['python']
-    assert python[0]==SETTINGS['min_python'] and f'Python {python[0]} to {python[-1]}' in (ROOT/'README.md').read_text()
+    assert (
+        python[0] == SETTINGS['min_python']
+        and f'Python {python[0]} to {python[-1]}' in (ROOT / 'README.md').read_text()
+    )
+
 
 def test_every_command_that_is_shown_is_one():
     "The command line takes each line of genrobust's, the Makefile knows each target, and Python each line of its own"
-    pages = [*(p.read_text() for p in ROOT.glob('*.md')), *('\n'.join(c.source for c in cells(path) if c.cell_type=='markdown') for path in NOTEBOOKS)]
-    lines = [line.strip() for page in pages for block in re.findall(r'```sh\n(.*?)```|((?:^ {4}[^\n]+\n?)+)', page, re.M|re.S) for line in ''.join(block).replace('\\\n', ' ').splitlines()]
-    lines += subprocess.run(['make', '-n', 'reproduce', 'study', 'bench'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace('\\\n', ' ').splitlines()
-    commands, targets = ([found[1] for line in lines if (found := re.match(f'(?:torchrun .*|time )?{word} (.+)', line))] for word in ('genrobust', 'make'))
-    assert len(commands)>10 and len(targets)>3, lines
-    for line in [line for page in pages for line in re.findall(r'python -c "([^"]+)"', page)]: compile(line, 'line', 'exec')
-    for command in commands: cli._parser().parse_args(shlex.split(command, comments=True))
-    assert {name for target in targets for name in shlex.split(target, comments=True)} <= set(re.findall(r'^([a-z-]+):', (ROOT/'Makefile').read_text(), re.M))
+    pages = [
+        *(p.read_text() for p in ROOT.glob('*.md')),
+        *(
+            '\n'.join(c.source for c in cells(path) if c.cell_type == 'markdown')
+            for path in NOTEBOOKS
+        ),
+    ]
+    lines = [
+        line.strip()
+        for page in pages
+        for block in re.findall(r'```sh\n(.*?)```|((?:^ {4}[^\n]+\n?)+)', page, re.M | re.S)
+        for line in ''.join(block).replace('\\\n', ' ').splitlines()
+    ]
+    lines += (
+        subprocess.run(
+            ['make', '-n', 'reproduce', 'study', 'bench'],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        .stdout.replace('\\\n', ' ')
+        .splitlines()
+    )
+    commands, targets = (
+        [
+            found[1]
+            for line in lines
+            if (found := re.match(f'(?:torchrun .*|time )?{word} (.+)', line))
+        ]
+        for word in ('genrobust', 'make')
+    )
+    assert len(commands) > 10 and len(targets) > 3, lines
+    for line in [line for page in pages for line in re.findall(r'python -c "([^"]+)"', page)]:
+        compile(line, 'line', 'exec')
+    for command in commands:
+        cli._parser().parse_args(shlex.split(command, comments=True))
+    assert {name for target in targets for name in shlex.split(target, comments=True)} <= set(
+        re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.M)
+    )
+
 
 def test_what_contributing_says_can_be_done(tmp_path):
     "Its attack and its model work as they stand, and what it names is there"
-    text = (ROOT/'CONTRIBUTING.md').read_text()
+    text = (ROOT / 'CONTRIBUTING.md').read_text()
     attack, model = re.findall(r'```python\n(.*?)```', text, re.S)
     found = {}
-    exec('import torch\nfrom torch import nn, Tensor\nfrom genrobust.attacks.core import *\n'+attack, found)
+    exec(
+        'import torch\nfrom torch import nn, Tensor\nfrom genrobust.attacks.core import *\n'
+        + attack,
+        found,
+    )
     x = torch.rand(5, 1, 6, 6)
-    result = found['blur'](torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)).eval(), x, share=1)
-    assert torch.allclose(result.x_adv, x.mean((2, 3), keepdim=True).expand_as(x)) and result.settings['share']==1
+    result = found['blur'](
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)).eval(), x, share=1
+    )
+    assert (
+        torch.allclose(result.x_adv, x.mean((2, 3), keepdim=True).expand_as(x))
+        and result.settings['share'] == 1
+    )
     x, found = torch.rand(5, 1, 28, 28), dict(vars(genrobust.models))
     exec(model, found)
-    clf = found['Linear'](n_classes=3, dropout=.1, seed=1)
-    again = found['Linear'](**{k: v for k,v in clf.config.items() if k!='name'}, seed=1)
-    assert torch.equal(clf.eval()(x), again.eval()(x)) and clf.loss(x, torch.arange(5)%3).ndim==0
-    for link in re.findall(r'\]\(([^)]+)\)', text): assert (ROOT/link).exists(), link
-    for name in ('tests/notebooks.py', 'CITATION.cff', 'genrobust/pretrained/'): assert name in text and (ROOT/name).exists()
-    assert yaml.safe_load((ROOT/'CITATION.cff').read_text())['version']==SETTINGS['version']
+    clf = found['Linear'](n_classes=3, dropout=0.1, seed=1)
+    again = found['Linear'](**{k: v for k, v in clf.config.items() if k != 'name'}, seed=1)
+    assert (
+        torch.equal(clf.eval()(x), again.eval()(x)) and clf.loss(x, torch.arange(5) % 3).ndim == 0
+    )
+    for link in re.findall(r'\]\(([^)]+)\)', text):
+        assert (ROOT / link).exists(), link
+    for name in ('tests/notebooks.py', 'CITATION.cff', 'genrobust/pretrained/'):
+        assert name in text and (ROOT / name).exists()
+    assert yaml.safe_load((ROOT / 'CITATION.cff').read_text())['version'] == SETTINGS['version']
+
 
 @pytest.mark.parametrize('name', MODULES)
 def test_public_functions_are_documented(name):
     "A docstring for each; and no module is hidden by a function of its name"
     module = importlib.import_module(f'genrobust.{name}')
-    assert inspect.ismodule(getattr(importlib.import_module('genrobust.'+name.rpartition('.')[0] if '.' in name else 'genrobust'), name.rpartition('.')[2]))
+    assert inspect.ismodule(
+        getattr(
+            importlib.import_module(
+                'genrobust.' + name.rpartition('.')[0] if '.' in name else 'genrobust'
+            ),
+            name.rpartition('.')[2],
+        )
+    )
     for public in getattr(module, '__all__', []):
         value = getattr(module, public)
-        if inspect.isfunction(value) or inspect.isclass(value) and value.__module__.startswith('genrobust'): assert value.__doc__, public
+        if (
+            inspect.isfunction(value)
+            or inspect.isclass(value)
+            and value.__module__.startswith('genrobust')
+        ):
+            assert value.__doc__, public
+
 
 def imported(path):
     "The modules of the package that a module imports, by their full names"
-    package = ['genrobust', *path.relative_to(ROOT/'genrobust').parent.parts]
+    package = ['genrobust', *path.relative_to(ROOT / 'genrobust').parent.parts]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith('genrobust'))
-        elif isinstance(node, ast.ImportFrom) and (node.level or node.module.startswith('genrobust')):
-            above = package[:len(package)-node.level+1] if node.level else []
+        elif isinstance(node, ast.ImportFrom) and (
+            node.level or node.module.startswith('genrobust')
+        ):
+            above = package[: len(package) - node.level + 1] if node.level else []
             yield '.'.join([*above, node.module] if node.module else above)
+
 
 GROUND = ['files', 'numerics']  # the floor on which all other modules stand
 
+
 def test_attacks_import_nothing_of_ours_but_the_ground_floor():
-    for path in (ROOT/'genrobust/attacks').glob('*.py'):
+    for path in (ROOT / 'genrobust/attacks').glob('*.py'):
         for name in imported(path):
-            assert name in [f'genrobust.{module}' for module in GROUND] or name.startswith('genrobust.attacks'), (path, name)
+            assert name in [f'genrobust.{module}' for module in GROUND] or name.startswith(
+                'genrobust.attacks'
+            ), (path, name)
+
 
 def test_the_ground_floor_imports_nothing_of_ours():
-    for module in GROUND: assert not list(imported(ROOT/f'genrobust/{module}.py'))
+    for module in GROUND:
+        assert not list(imported(ROOT / f'genrobust/{module}.py'))
+
 
 def test_the_package_says_its_version_and_what_it_needs():
-    assert genrobust.__version__==SETTINGS['version']=='0.1.0'
-    assert SETTINGS['license']=='apache2' and 'Apache License' in (ROOT/'LICENSE').read_text()
-    for weights in (ROOT/'genrobust/pretrained').glob('*'): assert weights.suffix=='.safetensors' and weights.stat().st_size < 8e6
+    assert genrobust.__version__ == SETTINGS['version'] == '0.1.0'
+    assert SETTINGS['license'] == 'apache2' and 'Apache License' in (ROOT / 'LICENSE').read_text()
+    for weights in (ROOT / 'genrobust/pretrained').glob('*'):
+        assert weights.suffix == '.safetensors' and weights.stat().st_size < 8e6
+
 
 def test_no_name_of_the_workplace():
-    files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = subprocess.run(
+        ['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     for name in files:
-        if name.endswith(('.png', '.safetensors')) or name in ('Makefile', '.ci/run', 'tests/test_project.py'): continue
-        assert '../shared' not in (ROOT/name).read_text(), name
+        if name.endswith(('.png', '.safetensors')) or name in (
+            'Makefile',
+            '.ci/run',
+            'tests/test_project.py',
+        ):
+            continue
+        assert '../shared' not in (ROOT / name).read_text(), name

@@ -1,4 +1,5 @@
 "The study: what it knows a model by, what it does with damaged files, what its tables can hold."
+
 import ast
 import html
 import json
@@ -20,20 +21,36 @@ from genrobust import results
 from genrobust.attacks import apgd, one_vs_all
 from genrobust.data import Images, Splits
 from genrobust.models import CNN, load_pretrained, load_tensors, save_model, save_tensors
-from genrobust.results import (ATTACKS, PRESETS, STRONG, Preset, clustered, markdown_table, mcnemar,
-                               read_study, reproduce, smallest_change, tables, wilson)
+from genrobust.results import (
+    ATTACKS,
+    PRESETS,
+    STRONG,
+    Preset,
+    clustered,
+    markdown_table,
+    mcnemar,
+    read_study,
+    reproduce,
+    smallest_perturbation,
+    tables,
+    wilson,
+)
 
 TINY = Preset(train=60, valid=40, test=20, attacked=4, seeds=2, draws=1)
 
+
 class Study:
     "Runs a tiny study, and remembers what was said and which stages were measured"
+
     def __init__(self, monkeypatch, drawn):
         parts = [Images(*[v[a:b] for v in drawn.test]) for a, b in ((0, 60), (60, 100), (100, 120))]
         measure = results.measure
+
         def remembered(stage, *args):
             self.measured.append(stage)
             self.said.append('measuring')
             return measure(stage, *args)
+
         splits = 'fashion_mnist', Splits(*parts)
         monkeypatch.setattr(results, 'load_or_synthetic', lambda *_: splits)
         monkeypatch.setattr(results, 'measure', remembered)
@@ -42,47 +59,53 @@ class Study:
         self.measured, self.said = [], []
         return reproduce(preset, out, models, attacks, device='cpu', say=self.said.append)
 
+
 @pytest.fixture
 def study(monkeypatch, drawn):
     return Study(monkeypatch, drawn)
+
 
 def weights(path, seed):
     path.parent.mkdir(exist_ok=True)
     save_model(CNN(hidden=20, seed=seed), path)
     return path
 
+
 def models_in(folder):
     return list(dict.fromkeys(read_study('images', folder).model))
 
+
 def test_a_model_is_known_by_its_weights_however_its_path_is_spelled(study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = weights(tmp_path/'m.safetensors', 0)
+    path = weights(tmp_path / 'm.safetensors', 0)
     study('out', ['m.safetensors'])
-    assert len(study.measured)==6
+    assert len(study.measured) == 6
     shutil.copy(path, 'copy.safetensors')
     for spelling in ('./m.safetensors', path, 'copy.safetensors'):
         study('out', [spelling])
         assert not study.measured, spelling
-    assert models_in('out')==['copy']
-    (tmp_path/'elsewhere').mkdir()
-    monkeypatch.chdir(tmp_path/'elsewhere')
+    assert models_in('out') == ['copy']
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir(tmp_path / 'elsewhere')
     study('../out', ['../m.safetensors', str(path), path])
-    assert not study.measured and models_in('../out')==['m']
+    assert not study.measured and models_in('../out') == ['m']
     weights(path, 1)
     study('../out', [path])
-    assert len(study.measured)==6
+    assert len(study.measured) == 6
+
 
 def test_different_files_have_different_names_in_tables(study, tmp_path):
-    paths = [weights(tmp_path/folder/'M.safetensors', n) for n, folder in enumerate('ab')]
-    shipped = weights(tmp_path/'cnn.safetensors', 2)
-    study(tmp_path/'out', [*paths, shipped, 'cnn', 'CNN'])
-    names = models_in(tmp_path/'out')
-    assert len(names)==4 and names[-1]=='cnn', names
+    paths = [weights(tmp_path / folder / 'M.safetensors', n) for n, folder in enumerate('ab')]
+    shipped = weights(tmp_path / 'cnn.safetensors', 2)
+    study(tmp_path / 'out', [*paths, shipped, 'cnn', 'CNN'])
+    names = models_in(tmp_path / 'out')
+    assert len(names) == 4 and names[-1] == 'cnn', names
     for name, prefix in zip(names, ('M', 'M', 'cnn')):
         assert re.fullmatch(f'{prefix}-[0-9a-f]{{8}}', name), name
-    assert read_study('images', tmp_path/'out').groupby('model').size().eq(TINY.attacked).all()
+    assert read_study('images', tmp_path / 'out').groupby('model').size().eq(TINY.attacked).all()
     for name in names:
-        assert f'| {name.upper()} |' in (tmp_path/'out/tables.md').read_text()
+        assert f'| {name.upper()} |' in (tmp_path / 'out/tables.md').read_text()
+
 
 def rows_of(markdown):
     "The cells of each row of the tables in a Markdown text, heads included, as a reader sees them"
@@ -90,103 +113,133 @@ def rows_of(markdown):
     rows = re.findall('<tr>(.*?)</tr>', page, re.S)
     return [list(map(html.unescape, re.findall('<t[dh][^>]*>(.*?)</t[dh]>', row))) for row in rows]
 
+
 STEMS = 'a|b', 'a`b', 'a\\', 'a\\|b', 'a\nb', '007', 'NA', 'nan', '$a$b$', 'a b', 'ä', '-', '<b>'
+
 
 @pytest.mark.parametrize('stem', STEMS)
 def test_any_name_of_a_file_goes_through_the_tables(study, tmp_path, stem):
-    folder = study(tmp_path/'out', [weights(tmp_path/f'{stem}.safetensors', 0)])
+    folder = study(tmp_path / 'out', [weights(tmp_path / f'{stem}.safetensors', 0)])
     shown = ' '.join(stem.upper().splitlines())
-    rows = rows_of((folder/'tables.md').read_text(encoding='utf-8'))
+    rows = rows_of((folder / 'tables.md').read_text(encoding='utf-8'))
     heads, cells = rows[::2], rows[1::2]
-    assert len(cells)==5 and all(row[0]==shown for row in cells), cells
-    assert [len(row) for row in cells]==[len(head) for head in heads]
-    assert (folder/'examples.png').stat().st_size
+    assert len(cells) == 5 and all(row[0] == shown for row in cells), cells
+    assert [len(row) for row in cells] == [len(head) for head in heads]
+    assert (folder / 'examples.png').stat().st_size
+
 
 def test_a_name_that_is_not_utf_8_is_shown_as_text_that_is():
     seeds = iter(range(2))
     models = ['b\udcff.safetensors', 'b\udcfe.safetensors']
     names = results._named(models, lambda model: CNN(seed=next(seeds)))
-    assert len(names)==2 and all(name.encode() for name in names)
+    assert len(names) == 2 and all(name.encode() for name in names)
+
 
 def test_what_a_cell_holds_is_shown_as_it_is():
     texts = ['|', 'a|b', '\\', '\\|', '`', '`a`', '``', '*b*', '<b>', 'a\r\nb\u2028c', '$x$', '']
     head, *rows = rows_of(markdown_table('T', [{'x|y': text, 'n': 1} for text in texts]))
-    assert head==['x|y', 'n']
-    assert rows==[[' '.join(text.splitlines()), '1'] for text in texts]
+    assert head == ['x|y', 'n']
+    assert rows == [[' '.join(text.splitlines()), '1'] for text in texts]
 
-def truncated(file, *_): file.write_bytes(file.read_bytes()[:-50])
-def emptied(file, *_): file.write_bytes(b'')
-def flipped(file, *_): file.write_bytes(file.read_bytes()[:-1]+bytes([file.read_bytes()[-1]^1]))
-def copied(file, other): shutil.copy(other, file)
+
+def truncated(file, *_):
+    file.write_bytes(file.read_bytes()[:-50])
+
+
+def emptied(file, *_):
+    file.write_bytes(b'')
+
+
+def flipped(file, *_):
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+
+
+def copied(file, other):
+    shutil.copy(other, file)
+
+
 def rewritten(file, *_, tensors=lambda t: t, about=lambda a: a):
     found = load_tensors(file)
     save_tensors(file, tensors(found[0]), **about(found[1]))
 
+
 DAMAGE = dict(
-    truncated=truncated, emptied=emptied, flipped=flipped, copied=copied,
-    no_seconds=partial(rewritten, about=lambda a: {k: v for k, v in a.items() if k!='seconds'}),
+    truncated=truncated,
+    emptied=emptied,
+    flipped=flipped,
+    copied=copied,
+    no_seconds=partial(rewritten, about=lambda a: {k: v for k, v in a.items() if k != 'seconds'}),
     seconds_as_text=partial(rewritten, about=lambda a: a | dict(seconds='1')),
     spent_nan=partial(rewritten, about=lambda a: a | dict(spent=math.nan)),
     config_as_list=partial(rewritten, about=lambda a: a | dict(config=[1, 2])),
     nothing_known=partial(rewritten, about=lambda a: {}),
-    no_logits=partial(rewritten, tensors=lambda t: {k: v for k, v in t.items() if k!='logits'}),
+    no_logits=partial(rewritten, tensors=lambda t: {k: v for k, v in t.items() if k != 'logits'}),
     fewer_rows=partial(rewritten, tensors=lambda t: {k: v[:1] for k, v in t.items()}),
-    scalars=partial(rewritten, tensors=lambda t: {k: v.float().mean() for k, v in t.items()}))
+    scalars=partial(rewritten, tensors=lambda t: {k: v.float().mean() for k, v in t.items()}),
+)
+
 
 @pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
 def test_damaged_stages_are_found_first_said_and_measured_again(study, tmp_path, damage):
     "Here the last two stages in order, one of them an attack, while the first is missing"
-    folder = study(tmp_path/'out')
-    expected = (folder/'images.csv').read_text()
+    folder = study(tmp_path / 'out')
+    expected = (folder / 'images.csv').read_text()
     first, *_, last = study.measured
-    files = {stage: next((folder/'stages').glob(f'*-{stage.what.lower()}-{stage.first}-*'))
-             for stage in study.measured}
+    files = {
+        stage: next((folder / 'stages').glob(f'*-{stage.what.lower()}-{stage.first}-*'))
+        for stage in study.measured
+    }
     other = study.measured[-2]
     files[first].unlink()
     kept = files[other].read_bytes()
     damage(files[last], files[other])
     study(folder)
-    assert set(study.measured)=={first, last} and files[other].read_bytes()==kept
+    assert set(study.measured) == {first, last} and files[other].read_bytes() == kept
     at = [n for n, line in enumerate(study.said) if files[last].name in line]
-    assert at and at[0]<study.said.index('measuring'), study.said
-    assert (folder/'images.csv').read_text()==expected
+    assert at and at[0] < study.said.index('measuring'), study.said
+    assert (folder / 'images.csv').read_text() == expected
     study(folder)
     assert not study.measured
 
+
 def test_settings_that_are_a_list_are_measured_again(study, tmp_path, monkeypatch):
-    folder = study(tmp_path/'out')
+    folder = study(tmp_path / 'out')
     monkeypatch.setattr(results, 'load_tensors', lambda _: ({}, ['a', 'list']))
-    assert not results._is_done(next((folder/'stages').iterdir()), {}, study.said.append)
+    assert not results._is_done(next((folder / 'stages').iterdir()), {}, study.said.append)
     assert 'measuring a stage again' in study.said[-1]
 
+
 def test_a_backend_that_is_not_there_costs_neither_tables_nor_figure(tmp_path):
-    code = f'''
+    code = f"""
 from genrobust import results
 from genrobust.data import Images, Splits, synthetic
 x, y = synthetic(120)
 splits = Splits(*[Images(x[a:b], y[a:b]) for a, b in ((0, 60), (60, 100), (100, 120))])
 results.load_or_synthetic = lambda *_: ('fashion_mnist', splits)
 preset = results.Preset(60, 40, 20, 4, seeds=1, draws=1)
-results.reproduce(preset, {str(tmp_path)!r}, ['cnn'], ['FGS'], device='cpu')'''
+results.reproduce(preset, {str(tmp_path)!r}, ['cnn'], ['FGS'], device='cpu')"""
     env = dict(os.environ, MPLBACKEND='module://not_here.backend_inline', OMP_NUM_THREADS='1')
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
-    assert done.returncode==0, done.stderr
-    assert (tmp_path/'tables.md').read_text().count('**Table')==5
-    assert (tmp_path/'examples.png').read_bytes().startswith(b'\x89PNG')
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'tables.md').read_text().count('**Table') == 5
+    assert (tmp_path / 'examples.png').read_bytes().startswith(b'\x89PNG')
+
 
 def blocked(tmp_path, kind):
-    out = tmp_path/('out\udcff' if kind=='not UTF-8' else 'out')
-    if kind=='a file':
+    out = tmp_path / ('out\udcff' if kind == 'not UTF-8' else 'out')
+    if kind == 'a file':
         out.touch()
-    if kind=='below a file':
+    if kind == 'below a file':
         out.touch()
-        return out/'deeper'
+        return out / 'deeper'
     if kind in ('stages', *results._FILES):
         out.mkdir()
-        (out/kind).touch() if kind=='stages' else (out/kind).mkdir()
+        (out / kind).touch() if kind == 'stages' else (out / kind).mkdir()
     return out
 
+
 KINDS = 'not UTF-8', 'a file', 'below a file', 'stages', *results._FILES
+
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_folder_that_cannot_be_written_is_one_error_before_any_work(study, tmp_path, kind):
@@ -195,39 +248,53 @@ def test_a_folder_that_cannot_be_written_is_one_error_before_any_work(study, tmp
     assert not study.measured and str(error.value).startswith('cannot write')
     assert str(error.value).isprintable()
 
+
 NO_MODELS = 'gfz', b'gfz', Path('m.safetensors'), [], (), None, 7
-NO_SIZES = (dict(train='60'), dict(attacked=4.), dict(draws=None), dict(seeds=True),
-            dict(valid=math.nan), dict(apgd=[1]))
+NO_SIZES = (
+    dict(train='60'),
+    dict(attacked=4.0),
+    dict(draws=None),
+    dict(seeds=True),
+    dict(valid=math.nan),
+    dict(apgd=[1]),
+)
 NO_STUDY = [
     *[(dict(models=models), 'list of models') for models in NO_MODELS],
     *[(dict(attacks=attacks), 'list of attacks') for attacks in ('FGS', [], 7)],
-    (dict(attacks=[['FGS']]), 'no attack'), (dict(attacks=['ZOO']), 'has no images'),
+    (dict(attacks=[['FGS']]), 'no attack'),
+    (dict(attacks=['ZOO']), 'has no images'),
     *[(dict(preset=preset), 'no preset') for preset in (['quick'], None, tuple(TINY), 'Quick', {})],
     *[(dict(preset=TINY._replace(**size)), 'whole numbers') for size in NO_SIZES],
     (dict(preset=TINY._replace(zoo=-1)), 'at least one'),
-    (dict(preset=TINY._replace(attacked=0), attacks=None), 'at least one attack')]
+    (dict(preset=TINY._replace(attacked=0), attacks=None), 'at least one attack'),
+]
+
 
 @pytest.mark.parametrize('given, message', NO_STUDY)
 def test_arguments_that_make_no_study_are_one_error(study, tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
-        study(tmp_path/'out', **given)
-    assert not study.measured and not (tmp_path/'out').exists()
+        study(tmp_path / 'out', **given)
+    assert not study.measured and not (tmp_path / 'out').exists()
+
 
 def test_names_are_taken_from_whatever_lists_them(study, tmp_path):
     preset = TINY._replace(train=torch.tensor([60]).numpy()[0])
-    study(tmp_path/'out', (name for name in ['cnn', 'CNN']), {'FGS': 1}, preset)
-    assert {stage.model for stage in study.measured}=={'cnn'}
+    study(tmp_path / 'out', (name for name in ['cnn', 'CNN']), {'FGS': 1}, preset)
+    assert {stage.model for stage in study.measured} == {'cnn'}
+
 
 @pytest.mark.parametrize('k, n', [(-1, 5), (6, 5), (math.nan, 5), (0, -1), (1, 0), (1, math.nan)])
 def test_a_rate_that_cannot_be_is_an_error(k, n):
     with pytest.raises(ValueError, match='0 <= k <= n'):
         wilson(k, n)
 
+
 def test_without_images_nothing_is_known():
     none = pd.Series([], dtype=float)
-    assert wilson(0, 0)==wilson(0., 0)==clustered(none, none)==(0, 1)
+    assert wilson(0, 0) == wilson(0.0, 0) == clustered(none, none) == (0, 1)
     low, high = wilson(3.75, 28)
-    assert 0<low<3.75/28<high<1
+    assert 0 < low < 3.75 / 28 < high < 1
+
 
 def test_importing_the_study_imports_no_library_of_plots_or_tables():
     "Of its own: libraries that take long to import are imported where they are used"
@@ -237,63 +304,72 @@ def test_importing_the_study_imports_no_library_of_plots_or_tables():
     slow = 'pandas', 'scipy', 'seaborn', 'matplotlib', 'sklearn', 'torchvision'
     assert 'json' in names and not [name for name in names if name.partition('.')[0] in slow]
 
+
 def write_study(folder, n, l2, weights='w'):
     "A study of one model under two attacks, the first on `n` images, the second on 4"
     folder.mkdir()
     counts = dict(A=n, B=4)
-    rows = [dict(attack=attack, image=image, seed=image%2, l2=l2)
-            for attack, count in counts.items() for image in range(count)]
+    rows = [
+        dict(attack=attack, image=image, seed=image % 2, l2=l2)
+        for attack, count in counts.items()
+        for image in range(count)
+    ]
     images = pd.DataFrame(rows).assign(model='m', success=True, initially_wrong=False)
-    images.to_csv(folder/'images.csv', index=False)
+    images.to_csv(folder / 'images.csv', index=False)
     spent = pd.DataFrame(dict(attack=counts.keys(), n=counts.values()))
-    spent.assign(model='m', on='here', seconds=l2).to_csv(folder/'seconds.csv', index=False)
+    spent.assign(model='m', on='here', seconds=l2).to_csv(folder / 'seconds.csv', index=False)
     settings = dict(data='fashion_mnist', draws=20, weights=dict(m=weights))
-    (folder/'settings.json').write_text(json.dumps(settings))
+    (folder / 'settings.json').write_text(json.dumps(settings))
     return folder
+
 
 @pytest.mark.parametrize('turned', [False, True])
 def test_of_an_attack_in_several_studies_most_images_count_and_least_time(tmp_path, turned):
-    folders = [write_study(tmp_path/'few', 2, .1), write_study(tmp_path/'many', 4, .3)]
+    folders = [write_study(tmp_path / 'few', 2, 0.1), write_study(tmp_path / 'many', 4, 0.3)]
     if turned:
         folders.reverse()
     images, seconds = (read_study(name, *folders) for name in ('images', 'seconds'))
     of = images.set_index(['attack', 'image']).l2
-    assert of['A'].to_dict()==dict.fromkeys(range(4), .3)
-    assert of['B'].to_dict()==dict.fromkeys(range(4), .3 if turned else .1)
-    assert seconds.set_index('attack').seconds.to_dict()=={'A': .1, 'B': .1}
-    assert smallest_change(images, 'l2')['size'].tolist()==[.3 if turned else .1]*4
+    assert of['A'].to_dict() == dict.fromkeys(range(4), 0.3)
+    assert of['B'].to_dict() == dict.fromkeys(range(4), 0.3 if turned else 0.1)
+    assert seconds.set_index('attack').seconds.to_dict() == {'A': 0.1, 'B': 0.1}
+    assert smallest_perturbation(images, 'l2')['size'].tolist() == [0.3 if turned else 0.1] * 4
+
 
 def test_one_name_for_two_models_is_an_error(tmp_path):
-    folders = [write_study(tmp_path/name, 4, .1, weights=name) for name in ('one', 'two')]
+    folders = [write_study(tmp_path / name, 4, 0.1, weights=name) for name in ('one', 'two')]
     with pytest.raises(ValueError, match='one model under each name'):
         tables(*folders)
 
+
 def test_strong_attacks_are_asked_for_and_known_by_all_parameters(study, tmp_path, monkeypatch):
-    assert len(STRONG)==12 and STRONG.keys()<=ATTACKS.keys()
+    assert len(STRONG) == 12 and STRONG.keys() <= ATTACKS.keys()
     assert not STRONG.keys() & set(results._chosen(None, 'standard', PRESETS['standard']))
     settings = [results._parameters(attack) for attack in STRONG.values()]
-    assert len(set(settings))==12
+    assert len(set(settings)) == 12
     name = 'Targeted APGD, L2 1'
-    study(tmp_path/'out', attacks=[name], preset=TINY._replace(apgd=4))
-    assert [stage.what for stage in study.measured][-2:]==[name]*2
+    study(tmp_path / 'out', attacks=[name], preset=TINY._replace(apgd=4))
+    assert [stage.what for stage in study.measured][-2:] == [name] * 2
     other = partial(one_vs_all, apgd, steps=3, loss='dlr', p=2, eps=1)
     monkeypatch.setitem(results.ATTACKS, name, other)
-    study(tmp_path/'out', attacks=[name], preset=TINY._replace(apgd=4))
-    assert [stage.what for stage in study.measured]==[name]*2
+    study(tmp_path / 'out', attacks=[name], preset=TINY._replace(apgd=4))
+    assert [stage.what for stage in study.measured] == [name] * 2
+
 
 def test_targeted_attacks_of_the_study_are_those_of_the_library(drawn):
     clf, x, y = load_pretrained('cnn', 'cpu'), drawn.test.x[:6], drawn.test.y[:6]
-    for norm, p, eps in (('L2 0.5', 2, .5), ('Linf 0.1', math.inf, .1)):
+    for norm, p, eps in (('L2 0.5', 2, 0.5), ('Linf 0.1', math.inf, 0.1)):
         found = ATTACKS[f'Targeted APGD, {norm}'](clf, x, y, seed=3)
         how = dict(p=p, eps=eps, steps=100, loss='dlr', early_stop=True)
         expected = one_vs_all(apgd, clf, x, y, seed=3, **how)
         assert torch.equal(found.x_adv, expected.x_adv)
-        assert (found.l2 if p==2 else found.linf).max()<=eps*(1+1e-5)
-        assert (how | dict(attack='one_vs_all(apgd)')).items()<=found.settings.items()
+        assert (found.l2 if p == 2 else found.linf).max() <= eps * (1 + 1e-5)
+        assert (how | dict(attack='one_vs_all(apgd)')).items() <= found.settings.items()
+
 
 def test_mcnemar_counts_the_images_that_only_one_keeps():
-    one = pd.Series([True]*9+[False]*3)
-    other = pd.Series([False]*8+[True]*2+[False]*2)
+    one = pd.Series([True] * 9 + [False] * 3)
+    other = pd.Series([False] * 8 + [True] * 2 + [False] * 2)
     only_one, only_other, p = mcnemar(one, other)
-    assert (only_one, only_other)==(8, 1) and p==pytest.approx(2*(1+9)/2**9)
-    assert mcnemar(one, one)==(0, 0, 1)
+    assert (only_one, only_other) == (8, 1) and p == pytest.approx(2 * (1 + 9) / 2**9)
+    assert mcnemar(one, one) == (0, 0, 1)

@@ -1,4 +1,5 @@
 "What is claimed of the shipped weights, measured again on real images."
+
 import json
 from pathlib import Path
 
@@ -15,46 +16,102 @@ from genrobust.results import PRESETS, wilson
 ROOT = Path(__file__).parent.parent
 both = pytest.mark.parametrize('name', ['gfz', 'dfz'])
 
+
 @pytest.mark.parametrize('name', pretrained_names())
 def test_accuracy_is_what_the_metadata_says(name, fashion):
     clf, n = load_pretrained(name, device='cpu'), 500
-    assert clf.info['test_accuracy'] >= dict(cnn=.91, cnn_at=.88, dbx=.89, dfx=.905, dfz=.905, gby=.845, gbz=.79, gfy=.85, gfz=.85)[name]
-    low, high = wilson(n*clf.info['test_accuracy'], n)
-    margin = (high-low)/2*1.5  # three standard deviations
-    assert abs(accuracy(clf.fixed(0), fashion.test.x[:n], fashion.test.y[:n]) - clf.info['test_accuracy']) < margin
+    assert (
+        clf.info['test_accuracy']
+        >= dict(
+            cnn=0.91,
+            cnn_at=0.88,
+            dbx=0.89,
+            dfx=0.905,
+            dfz=0.905,
+            gby=0.845,
+            gbz=0.79,
+            gfy=0.85,
+            gfz=0.85,
+        )[name]
+    )
+    low, high = wilson(n * clf.info['test_accuracy'], n)
+    margin = (high - low) / 2 * 1.5  # three standard deviations
+    assert (
+        abs(
+            accuracy(clf.fixed(0), fashion.test.x[:n], fashion.test.y[:n])
+            - clf.info['test_accuracy']
+        )
+        < margin
+    )
+
 
 def test_deepfool_wins_on_every_image_on_its_own_noise(fashion):
     clf = load_pretrained('gfz', device='cpu').fixed(0)
     x, y = (v[:90] for v in fashion.test)
-    with torch.no_grad(): right = (clf(x).argmax(1)==y).nonzero().squeeze(1)[:64]
+    with torch.no_grad():
+        right = (clf(x).argmax(1) == y).nonzero().squeeze(1)[:64]
     result = deepfool(clf, x[right], y[right], batch_size=16)
-    assert len(right)==64 and result.success.all()
+    assert len(right) == 64 and result.success.all()
+
 
 @pytest.mark.parametrize('p', [2, torch.inf])
 def test_deepfool_is_not_stopped_by_the_box(p, fashion):
     "Foolbox's wins on one image in fifteen of this network"
-    result = deepfool(load_pretrained('cnn_at', device='cpu'), *[v[:100] for v in fashion.test], p=p)
-    assert result.success.sum() > .85*result.attacked.sum()
+    result = deepfool(
+        load_pretrained('cnn_at', device='cpu'), *[v[:100] for v in fashion.test], p=p
+    )
+    assert result.success.sum() > 0.85 * result.attacked.sum()
 
-@pytest.mark.parametrize('study', sorted(p.parent.name for p in ROOT.glob('results/*/settings.json')))
+
+@pytest.mark.parametrize(
+    'study', sorted(p.parent.name for p in ROOT.glob('results/*/settings.json'))
+)
 def test_published_studies_are_of_the_shipped_weights(study):
-    for name, expected in json.loads((ROOT/'results'/study/'settings.json').read_text())['weights'].items():
-        assert expected==digest(load_pretrained(name, device='cpu').state_dict()), f'the weights of {name} have changed: measure results/{study} again'
+    for name, expected in json.loads((ROOT / 'results' / study / 'settings.json').read_text())[
+        'weights'
+    ].items():
+        assert expected == digest(load_pretrained(name, device='cpu').state_dict()), (
+            f'the weights of {name} have changed: measure results/{study} again'
+        )
+
 
 @both
-@pytest.mark.parametrize('label, attack, n', [('FGS', fgsm, PRESETS['standard'].attacked//PRESETS['standard'].seeds), ('DeepFool', deepfool, 6)], ids=['fgs', 'deepfool'])
+@pytest.mark.parametrize(
+    'label, attack, n',
+    [
+        ('FGS', fgsm, PRESETS['standard'].attacked // PRESETS['standard'].seeds),
+        ('DeepFool', deepfool, 6),
+    ],
+    ids=['fgs', 'deepfool'],
+)
 def test_the_published_table_is_measured_again(label, attack, n, name, fashion):
     "The first images under two attacks, from weights and images"
-    rows = pd.read_csv(ROOT/'results/standard/images.csv').query('model==@name and attack==@label and image<@n')
+    rows = pd.read_csv(ROOT / 'results/standard/images.csv').query(
+        'model==@name and attack==@label and image<@n'
+    )
     x, y = (v[:n] for v in fashion.test)
     again = attack(load_pretrained(name, device='cpu'), x, y, seed=0).to_frame()
-    assert len(rows)==n and (rows.seed==0).all()
-    assert again.y.tolist()==rows.label.tolist()
-    for column in ('y_adv', 'success', 'initially_wrong'): assert again[column].tolist()==rows[column].tolist()
-    assert again.l2.to_numpy()==pytest.approx(rows.l2.to_numpy(), rel=1e-3 if label=='FGS' else .02)
+    assert len(rows) == n and (rows.seed == 0).all()
+    assert again.y.tolist() == rows.label.tolist()
+    for column in ('y_adv', 'success', 'initially_wrong'):
+        assert again[column].tolist() == rows[column].tolist()
+    assert again.l2.to_numpy() == pytest.approx(
+        rows.l2.to_numpy(), rel=1e-3 if label == 'FGS' else 0.02
+    )
+
 
 def test_a_published_threshold_is_measured_again(fashion):
     "Of a network that draws no random numbers"
-    preset, rows = PRESETS['standard'], pd.read_csv(ROOT/'results/standard/detectors.csv').query("model=='cnn' and detector=='kl'")
-    train, valid = (Images(*[v[:n] for v in part]) for part, n in ((fashion.train, preset.train), (fashion.valid, preset.valid)))
-    assert fit_detectors(load_pretrained('cnn', device='cpu'), train, valid)['kl'].threshold==pytest.approx(rows.threshold.item(), rel=1e-3)
+    preset, rows = (
+        PRESETS['standard'],
+        pd.read_csv(ROOT / 'results/standard/detectors.csv').query(
+            "model=='cnn' and detector=='kl'"
+        ),
+    )
+    train, valid = (
+        Images(*[v[:n] for v in part])
+        for part, n in ((fashion.train, preset.train), (fashion.valid, preset.valid))
+    )
+    assert fit_detectors(load_pretrained('cnn', device='cpu'), train, valid)[
+        'kl'
+    ].threshold == pytest.approx(rows.threshold.item(), rel=1e-3)

@@ -13,94 +13,118 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .core import attack, check_counts, check_positive, check_range, norm, require, rounding_tolerance
+from .engine import attack, check_counts, check_positive, check_range
+from .result import norm, require, rounding_tolerance
 
 # %% ../../nbs/05_deepfool.ipynb #05-008
 def linear_step(
-    gap:Tensor, # `[B,C]`: how far each logit difference is from its target; inf for one to be ignored
-    grad_f:Tensor, # `[B,C,...]`: gradient that closes each gap
-    p:float # Norm, above 1; may be inf
-) -> Tensor: # `[B,...]`; 0 where no gradient leads anywhere
+    gap: Tensor,  # `[B,C]`: how far each logit difference is from its target; inf for one to be ignored
+    grad_f: Tensor,  # `[B,C,...]`: gradient that closes each gap
+    p: float,  # Norm, above 1; may be inf
+) -> Tensor:  # `[B,...]`; 0 where no gradient leads anywhere
     "The step of smallest `p`-norm onto the nearest boundary, were boundaries flat (Moosavi-Dezfooli et al., 2016, eqs. 8 to 12)."
-    q = 1. if p==torch.inf else p/(p-1)
+    q = 1.0 if p == torch.inf else p / (p - 1)
     flat = grad_f.flatten(2)
     scale = flat.abs().amax(2).clamp_min(torch.finfo(grad_f.dtype).tiny)
-    u = flat/scale[...,None]
+    u = flat / scale[..., None]
     power = u.abs().pow(q).sum(2)
-    distance, l = (gap/(scale*power**(1/q))).min(1)
+    distance, l = (gap / (scale * power ** (1 / q))).min(1)
     rows = torch.arange(len(l), device=l.device)
-    length = torch.where(distance.isfinite(), gap[rows,l]/(scale*power)[rows,l], 0)
-    u = u[rows,l]
-    return (length[:,None]*u.abs().pow(q-1)*u.sign()).view_as(grad_f[:,0])
+    length = torch.where(distance.isfinite(), gap[rows, l] / (scale * power)[rows, l], 0)
+    u = u[rows, l]
+    return (length[:, None] * u.abs().pow(q - 1) * u.sign()).view_as(grad_f[:, 0])
 
 # %% ../../nbs/05_deepfool.ipynb #05-012
-LARGEST_JACOBIAN = 2**25  # numbers in the gradients of one step: with what is computed from them, less than a gigabyte
+LARGEST_JACOBIAN = (
+    2**25
+)  # numbers in the gradients of one step: with what is computed from them, less than a gigabyte
+
 
 def _step(state, x, delta, gap, grad_f, p, fraction):
     "A `fraction` of `linear_step`; close to the boundary a whole one without the pixels that the bounds block, as also where they would block most of it"
     step, (low, high) = linear_step(gap, grad_f, p), state.bounds
-    is_final = norm(step, p) <= norm(delta, p)/10
-    is_blocked = ((grad_f*(state.clip(x+step)-x)[:,None]).flatten(2).sum(2)/gap).amax(1) < 1/4
+    is_final = norm(step, p) <= norm(delta, p) / 10
+    is_blocked = ((grad_f * (state.clip(x + step) - x)[:, None]).flatten(2).sum(2) / gap).amax(
+        1
+    ) < 1 / 4
     redo = (is_final | is_blocked).nonzero().squeeze(1)
-    at, wish = x[redo,None], grad_f[redo]
-    step[redo] = linear_step(gap[redo], wish.masked_fill((at<=low) & (wish<0) | (at>=high) & (wish>0), 0), p)
-    return (torch.where(is_final, 1., fraction).view(-1, *[1]*(x.ndim-1))*step).to(x.dtype)
+    at, wish = x[redo, None], grad_f[redo]
+    step[redo] = linear_step(
+        gap[redo], wish.masked_fill((at <= low) & (wish < 0) | (at >= high) & (wish > 0), 0), p
+    )
+    return (torch.where(is_final, 1.0, fraction).view(-1, *[1] * (x.ndim - 1)) * step).to(x.dtype)
+
 
 def _deepfool(state, p, steps, overshoot, step, candidates):
-    delta, rivals = torch.zeros_like(state.x), None if candidates is None else candidates-1
+    delta, rivals = torch.zeros_like(state.x), None if candidates is None else candidates - 1
+
     def advance(x, i):
         "One step of images `i`, now at `x`: those that have not crossed a boundary yet, and where they are then"
         logits, f, grad_f = state.logit_differences(x, i, rivals)
         active = ~state.is_beyond(logits, i)
         x, i = x[active], i[active]
-        if not len(i): return x, i
-        gap = (f.abs()+2*rounding_tolerance(logits)[:,None])[active]
-        low, high = (bound-state.x[i] for bound in state.bounds)
+        if not len(i):
+            return x, i
+        gap = (f.abs() + 2 * rounding_tolerance(logits)[:, None])[active]
+        low, high = (bound - state.x[i] for bound in state.bounds)
         moved = delta[i] + _step(state, x, delta[i], gap, grad_f[active], p, step)
         delta[i] = moved.clamp(low, high)
-        found[i] = state.clip(state.x[i] + (1+overshoot)*moved)
+        found[i] = state.clip(state.x[i] + (1 + overshoot) * moved)
         return found[i], i
+
     found, x, i = state.x.clone(), state.x, state.all
-    size = min(rivals or state.n_classes, state.n_classes-1)*state.x[0].numel()
-    most = len(i) if state.start.gradient is not None else max(1, LARGEST_JACOBIAN//size)
+    size = min(rivals or state.n_classes, state.n_classes - 1) * state.x[0].numel()
+    most = len(i) if state.start.gradient is not None else max(1, LARGEST_JACOBIAN // size)
     for _ in range(steps):
-        parts = [(x, i)] if len(i)<=most else zip(x.split(most), i.split(most))
+        parts = [(x, i)] if len(i) <= most else zip(x.split(most), i.split(most))
         x, i = map(torch.cat, zip(*[advance(*part) for part in parts]))
-        if not len(i): break
+        if not len(i):
+            break
     return found
 
+
 def _make(*, p, steps, overshoot, step, candidates):
-    require(isinstance(p, Real) and p>1, f"p must be a number above 1 (inf included), found {p!r}")
+    require(
+        isinstance(p, Real) and p > 1, f'p must be a number above 1 (inf included), found {p!r}'
+    )
     check_counts(steps=steps)
     check_range(0, math.inf, overshoot=overshoot)
     check_positive(step=step)
     check_range(0, 1, step=step)
     if candidates is not None:
         check_counts(candidates=candidates)
-        require(candidates>1, f"candidates must be at least 2, since the label is one of them, found {candidates}")
-    return partial(_deepfool, p=p, steps=steps, overshoot=overshoot, step=step, candidates=candidates)
+        require(
+            candidates > 1,
+            f'candidates must be at least 2, since the label is one of them, found {candidates}',
+        )
+    return partial(
+        _deepfool, p=p, steps=steps, overshoot=overshoot, step=step, candidates=candidates
+    )
 
 # %% ../../nbs/05_deepfool.ipynb #05-013
 @attack(first='jacobian')
 def deepfool(
     *,
-    p:float=2, # Norm to keep small, in (1, inf]
-    steps:int=50, # Largest number of steps, 1 or more
-    overshoot:float=.02, # Share added to the sum of the steps, 0 or more
-    step:float=1., # Share of each linear estimate that is taken, in (0, 1]
-    candidates:int|None=10 # Classes considered at every step, the label and the strongest others, 2 or more; None: all
+    p: float = 2,  # Norm to keep small, in (1, inf]
+    steps: int = 50,  # Largest number of steps, 1 or more
+    overshoot: float = 0.02,  # Share added to the sum of the steps, 0 or more
+    step: float = 1.0,  # Share of each linear estimate that is taken, in (0, 1]
+    candidates: int
+    | None = 10,  # Classes considered at every step, the label and the strongest others, 2 or more; None: all
 ):
     "DeepFool (Moosavi-Dezfooli, Fawzi and Frossard, 2016, algorithm 2)."
     return _make(p=p, steps=steps, overshoot=overshoot, step=step, candidates=candidates)
 
+
 @attack(first='jacobian')
 def truncated_deepfool(
     *,
-    p:float=2, # Norm to keep small, in (1, inf]
-    steps:int=100, # Largest number of steps, 1 or more
-    overshoot:float=.02, # Share added to the sum of the steps, 0 or more
-    step:float=.2, # Share of each linear estimate that is taken, in (0, 1]
-    candidates:int|None=10 # Classes considered at every step, the label and the strongest others, 2 or more; None: all
+    p: float = 2,  # Norm to keep small, in (1, inf]
+    steps: int = 100,  # Largest number of steps, 1 or more
+    overshoot: float = 0.02,  # Share added to the sum of the steps, 0 or more
+    step: float = 0.2,  # Share of each linear estimate that is taken, in (0, 1]
+    candidates: int
+    | None = 10,  # Classes considered at every step, the label and the strongest others, 2 or more; None: all
 ):
     "DeepFool in small steps: every one is cut to a fraction of the linear estimate (the report, section III.3)."
     return _make(p=p, steps=steps, overshoot=overshoot, step=step, candidates=candidates)

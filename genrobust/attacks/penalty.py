@@ -12,56 +12,84 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .core import AttackState, BestNorm, attack, check_counts, check_positive, check_range, rounding_tolerance
+from genrobust.attacks.engine import (
+    AttackState,
+    BestNorm,
+    attack,
+    check_counts,
+    check_positive,
+    check_range,
+)
+from .result import rounding_tolerance
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-010
 class Adam:
     "Directions for minimising over `[N,D]` (Kingma and Ba, 2015, algorithm 1); any part at a time, each coordinate counting its own steps; in float32 or better, where 0.999 is not 1"
-    def __init__(self, x:Tensor, beta1:float=.9, beta2:float=.999):
+
+    def __init__(self, x: Tensor, beta1: float = 0.9, beta2: float = 0.999):
         self.betas = beta1, beta2
-        self.m, self.v, self.t = x.new_zeros(3, len(x), x[0].numel(), dtype=torch.promote_types(x.dtype, torch.float32))
-    def step(self, g:Tensor, *index) -> Tensor:
+        self.m, self.v, self.t = x.new_zeros(
+            3, len(x), x[0].numel(), dtype=torch.promote_types(x.dtype, torch.float32)
+        )
+
+    def step(self, g: Tensor, *index) -> Tensor:
         "The direction in which to go, of about 1 a coordinate, shaped like `g`: the gradient at `index`."
         a, b = self.betas
         wide = g.to(self.m.dtype)
-        m, v, t = a*self.m[index] + (1-a)*wide, b*self.v[index] + (1-b)*wide.square(), self.t[index]+1
+        m, v, t = (
+            a * self.m[index] + (1 - a) * wide,
+            b * self.v[index] + (1 - b) * wide.square(),
+            self.t[index] + 1,
+        )
         self.m[index], self.v[index], self.t[index] = m, v, t
-        return (-(m/(1-a**t))/((v/(1-b**t)).sqrt() + torch.finfo(wide.dtype).tiny)).to(g.dtype)
+        return (-(m / (1 - a**t)) / ((v / (1 - b**t)).sqrt() + torch.finfo(wide.dtype).tiny)).to(
+            g.dtype
+        )
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-016
 def _descend(state, nearest, x, c, lr, steps, gradient, look):
     "Minimise distance and penalty from `x`, in place; whether each image crossed on the way"
     i, adam, crossed = state.all, Adam(x), torch.zeros_like(c, dtype=torch.bool)
     least, since = torch.full_like(c, torch.inf), torch.zeros_like(c)
-    def penalty(logits, i): return c[i]*state.margin_target(logits, i, state.kappa).clamp_min(0)
+
+    def penalty(logits, i):
+        return c[i] * state.margin_target(logits, i, state.kappa).clamp_min(0)
+
     for t in range(steps):
-        change = (x-state.x).flatten(1)
+        change = (x - state.x).flatten(1)
         logits, g, index = gradient(penalty, x, i)
         beyond = nearest.update(x[i], logits, i)
-        if t: crossed[i] |= beyond
+        if t:
+            crossed[i] |= beyond
         cost = change[i].square().sum(1) + penalty(logits, i)
-        fell = cost < .999*least[i]
-        since[i], least[i] = torch.where(fell, 0, since[i]+1), torch.where(fell, cost, least[i])
-        going = since[i] <= steps/3
+        fell = cost < 0.999 * least[i]
+        since[i], least[i] = torch.where(fell, 0, since[i] + 1), torch.where(fell, cost, least[i])
+        going = since[i] <= steps / 3
         i, index = i[going], tuple(part[going] for part in index)
-        if not len(i): break
-        rate = lr[index[0]]*(1+math.cos(math.pi*t/steps))/2
-        x.flatten(1)[index] += rate.view(len(i), 1)*adam.step(g[going]+2*change[index], *index)
+        if not len(i):
+            break
+        rate = lr[index[0]] * (1 + math.cos(math.pi * t / steps)) / 2
+        x.flatten(1)[index] += rate.view(len(i), 1) * adam.step(
+            g[going] + 2 * change[index], *index
+        )
         x[i] = state.clip(x[i])
-    if len(i): crossed[i] |= nearest.update(x[i], look(x[i], i), i)
+    if len(i):
+        crossed[i] |= nearest.update(x[i], look(x[i], i), i)
     return crossed
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-018
 def minimise(
-    state:AttackState, # `B` images of `D` pixels each
-    gradient:Callable, # `(f, x, i)`, of `b` of the images, to logits `[b,C]`, the gradient of `f(logits, i)` in `n` pixels at `x[i]` `[b,n]`, and the index of these pixels in `[B,D]`
-    look:Callable, # `(x, i)`, images `[b,...]` and which they are `[b]`, to logits `[b,C]`
-    start:tuple[Tensor,Tensor,Tensor], # Images to start from `[B,...]`, weights c `[B]` and learning rates in units of a pixel `[B]`
+    state: AttackState,  # `B` images of `D` pixels each
+    gradient: Callable,  # `(f, x, i)`, of `b` of the images, to logits `[b,C]`, the gradient of `f(logits, i)` in `n` pixels at `x[i]` `[b,n]`, and the index of these pixels in `[B,D]`
+    look: Callable,  # `(x, i)`, images `[b,...]` and which they are `[b]`, to logits `[b,C]`
+    start: tuple[
+        Tensor, Tensor, Tensor
+    ],  # Images to start from `[B,...]`, weights c `[B]` and learning rates in units of a pixel `[B]`
     *,
-    kappa:float, # Margin to reach beyond the boundary, in units of a logit
-    binary_search_steps:int, # Values of c
-    steps:int # Gradient steps for each
-) -> Tensor: # The closest points found `[B,...]`, the images themselves where none was
+    kappa: float,  # Margin to reach beyond the boundary, in units of a logit
+    binary_search_steps: int,  # Values of c
+    steps: int,  # Gradient steps for each
+) -> Tensor:  # The closest points found `[B,...]`, the images themselves where none was
     "Distance and penalty at their smallest, searched over c (Carlini and Wagner, 2017, section VI.A)."
     x, c, lr = start
     nearest = BestNorm(state, kappa=kappa)
@@ -69,10 +97,14 @@ def minimise(
     for _ in range(binary_search_steps):
         crossed = _descend(state, nearest, x, c, lr, steps, gradient, look)
         low, high = torch.where(crossed, low, c), torch.where(crossed, c, high)
-        c, lr = torch.where(high.isinf(), 10*c, (low+high)/2), torch.where(crossed, .7*lr, lr)
+        c, lr = (
+            torch.where(high.isinf(), 10 * c, (low + high) / 2),
+            torch.where(crossed, 0.7 * lr, lr),
+        )
         found = nearest.norm.isfinite()
         x[found] = nearest.x[found]
     return nearest.x
+
 
 def check_penalty(c, lr, kappa, binary_search_steps) -> None:
     "Raise a `ValueError` for parameters of `minimise` that make no sense."
@@ -82,58 +114,82 @@ def check_penalty(c, lr, kappa, binary_search_steps) -> None:
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-020
 def linear_scale(
-    state:AttackState,
-    distance:Tensor, # Of the boundary, estimated `[B]`
-    gap:Tensor, # Margin to be closed on the way `[B]`
-    share:float, # Of that distance that the first step walks
-    c:float|None, # Weight to use instead
-    lr:float|None # Learning rate to use instead
-) -> tuple[Tensor, Tensor]: # c `[B]`, learning rate `[B]`
+    state: AttackState,
+    distance: Tensor,  # Of the boundary, estimated `[B]`
+    gap: Tensor,  # Margin to be closed on the way `[B]`
+    share: float,  # Of that distance that the first step walks
+    c: float | None,  # Weight to use instead
+    lr: float | None,  # Learning rate to use instead
+) -> tuple[Tensor, Tensor]:  # c `[B]`, learning rate `[B]`
     "Two and a half times the c at which a flat boundary is reached, and steps of a share of the way, which is held, for each pixel, between a ten-thousandth of the image's range and that range, or a tenth of the bounds' if that is less."
-    n, width, flat = state.x[0].numel(), state.bounds[1]-state.bounds[0], state.x.flatten(1)
-    scale = flat.amax(1)-flat.amin(1)
-    scale = torch.where(scale>0, scale, width)  # bounds may be much wider than the data
-    rate = (distance/math.sqrt(n)).maximum(1e-4*scale).minimum(scale.clamp_max(.1*width))
-    estimates = 5*n*rate**2/gap.abs().clamp_min(torch.finfo(gap.dtype).eps), share*rate
-    return tuple(estimate if given is None else torch.full_like(estimate, given) for estimate, given in zip(estimates, (c, lr)))
+    n, width, flat = state.x[0].numel(), state.bounds[1] - state.bounds[0], state.x.flatten(1)
+    scale = flat.amax(1) - flat.amin(1)
+    scale = torch.where(scale > 0, scale, width)  # bounds may be much wider than the data
+    rate = (distance / math.sqrt(n)).maximum(1e-4 * scale).minimum(scale.clamp_max(0.1 * width))
+    estimates = 5 * n * rate**2 / gap.abs().clamp_min(torch.finfo(gap.dtype).eps), share * rate
+    return tuple(
+        estimate if given is None else torch.full_like(estimate, given)
+        for estimate, given in zip(estimates, (c, lr))
+    )
+
 
 def _flat_step(state, gap, w):
     "The smallest step in the box that closes `gap` at slope `w` `[B,D]`, and its length: Newton's method in its multiplier, exact after finitely many steps"
     x, (low, high), multiplier = state.x.flatten(1), state.bounds, torch.zeros_like(gap)
     for _ in range(20):
-        z = x + multiplier[:,None]*w
-        free = torch.where(w>0, z<high, z>low)
-        multiplier = multiplier + (gap - (w*(state.clip(z)-x)).sum(1))/(w.square()*free).sum(1)
-    step = state.clip(x + multiplier[:,None]*w) - x
+        z = x + multiplier[:, None] * w
+        free = torch.where(w > 0, z < high, z > low)
+        multiplier = multiplier + (gap - (w * (state.clip(z) - x)).sum(1)) / (
+            w.square() * free
+        ).sum(1)
+    step = state.clip(x + multiplier[:, None] * w) - x
     reached = multiplier.isfinite()
-    return torch.where(reached[:,None], step, 0).view_as(state.x), torch.where(reached, step.norm(dim=1), torch.inf)
+    return torch.where(reached[:, None], step, 0).view_as(state.x), torch.where(
+        reached, step.norm(dim=1), torch.inf
+    )
+
 
 def _start(state, kappa, c, lr):
     "On the nearest boundary to one of the nine strongest rivals, or to the target, were boundaries flat"
     logits, ahead, w = state.logit_differences(state.x, state.all, most=9)
-    gaps, w = (kappa + 2*rounding_tolerance(logits)[:,None] - ahead).to(w.dtype), w.flatten(2)
-    distance, nearest = torch.stack([_flat_step(state, *rival)[1] for rival in zip(gaps.unbind(1), w.unbind(1))]).min(0)
-    gap = gaps[state.all,nearest]
-    step, _ = _flat_step(state, gap, w[state.all,nearest])
-    return state.clip(state.x+step), *linear_scale(state, distance, gap, .5, c, lr)
+    gaps, w = (kappa + 2 * rounding_tolerance(logits)[:, None] - ahead).to(w.dtype), w.flatten(2)
+    distance, nearest = torch.stack(
+        [_flat_step(state, *rival)[1] for rival in zip(gaps.unbind(1), w.unbind(1))]
+    ).min(0)
+    gap = gaps[state.all, nearest]
+    step, _ = _flat_step(state, gap, w[state.all, nearest])
+    return state.clip(state.x + step), *linear_scale(state, distance, gap, 0.5, c, lr)
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-021
 @attack(first='jacobian')
 def carlini_wagner(
     *,
-    kappa:float=0., # Margin to reach beyond the boundary, in units of a logit, 0 or more
-    c:float|None=None, # First weight of the penalty, in squared pixels a unit of a logit, above 0; default: for each image from a linear estimate
-    binary_search_steps:int=5, # Values of c that are tried, 1 or more
-    steps:int=100, # Largest number of gradient steps for each c, 1 or more
-    lr:float|None=None # First learning rate, in units of a pixel, above 0; default: for each image from the linear estimate
+    kappa: float = 0.0,  # Margin to reach beyond the boundary, in units of a logit, 0 or more
+    c: float
+    | None = None,  # First weight of the penalty, in squared pixels a unit of a logit, above 0; default: for each image from a linear estimate
+    binary_search_steps: int = 5,  # Values of c that are tried, 1 or more
+    steps: int = 100,  # Largest number of gradient steps for each c, 1 or more
+    lr: float
+    | None = None,  # First learning rate, in units of a pixel, above 0; default: for each image from the linear estimate
 ):
     "The L2 attack of Carlini and Wagner (2017, section VI.A), with its sixth objective."
     check_penalty(c, lr, kappa, binary_search_steps)
     check_counts(steps=steps)
+
     def solve(state):
         def gradient(f, x, i):
             logits, g = state.gradient(f, x[i], i)
             return logits, g.flatten(1), (i,)
+
         start = _start(state, kappa, c, lr)
-        return minimise(state, gradient, state.logits, start, kappa=kappa, binary_search_steps=binary_search_steps, steps=steps)
+        return minimise(
+            state,
+            gradient,
+            state.logits,
+            start,
+            kappa=kappa,
+            binary_search_steps=binary_search_steps,
+            steps=steps,
+        )
+
     return solve

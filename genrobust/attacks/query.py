@@ -13,268 +13,395 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import BestMargin, BestNorm, attack, check_counts, check_positive, check_range
-from .core import norm, require, within_bounds, within_reach
-from .gradient import Ball, per_image, unit
+from genrobust.attacks.engine import (
+    BestMargin,
+    BestNorm,
+    attack,
+    check_counts,
+    check_positive,
+    check_range,
+    within_bounds,
+)
+from .gradient import Ball, unit
 from .penalty import Adam, check_penalty, linear_scale, minimise
+from .result import norm, per_image, require, within_reach
 
 # %% ../../nbs/07_zoo.ipynb #07-014
 def _each(judge, logits, i):
     "`judge(logits, i)` of several points an image: `[len(i),n,C]` to `[len(i),n]`"
     return judge(logits.flatten(0, 1), i.repeat_interleave(logits.shape[1])).view(logits.shape[:2])
 
+
 def _order(state, x, i, visits, importance):
     "Coordinates in the order to visit them, `[len(i),D]`: those visited least first; or drawn in proportion to their change"
     u = state.random(torch.rand, i).flatten(1)
-    if not importance: return (visits[i]-u).argsort(1)
-    weight = (x[i]-state.x[i]).flatten(1).abs()
+    if not importance:
+        return (visits[i] - u).argsort(1)
+    weight = (x[i] - state.x[i]).flatten(1).abs()
     weight = weight + weight.mean(1, keepdim=True) + torch.finfo(x.dtype).tiny
-    return (weight.log() - (-u.log()).log()).argsort(1, descending=True)  # largest of log-weight plus Gumbel noise: drawn without replacement
+    return (weight.log() - (-u.log()).log()).argsort(
+        1, descending=True
+    )  # largest of log-weight plus Gumbel noise: drawn without replacement
+
 
 def _differences(state, coordinates, h, importance, repeats):
     "`gradient` and `look` for `minimise`: symmetric differences in a few coordinates, two queries each, and one for the logits"
     visits = torch.zeros_like(state.x.flatten(1))
-    def ask(points, i): return sum(state.logits_of_many(points, i) for _ in range(repeats))/repeats
-    def look(x, i): return ask(x[:,None], i)[:,0]
+
+    def ask(points, i):
+        return sum(state.logits_of_many(points, i) for _ in range(repeats)) / repeats
+
+    def look(x, i):
+        return ask(x[:, None], i)[:, 0]
+
     def slopes(f, x, i, j):
         centre = x[i].flatten(1)
-        ends = state.clip(torch.stack([centre.gather(1, j)+h, centre.gather(1, j)-h], 1))
-        points = centre[:,None].repeat(1, 2*j.shape[1], 1).scatter(2, j.repeat(1, 2)[...,None], ends.flatten(1)[...,None])
+        ends = state.clip(torch.stack([centre.gather(1, j) + h, centre.gather(1, j) - h], 1))
+        points = (
+            centre[:, None]
+            .repeat(1, 2 * j.shape[1], 1)
+            .scatter(2, j.repeat(1, 2)[..., None], ends.flatten(1)[..., None])
+        )
         up, down = _each(f, ask(points.unflatten(2, x.shape[1:]), i), i).chunk(2, 1)
-        return (up-down)/(ends[:,0]-ends[:,1])
+        return (up - down) / (ends[:, 0] - ends[:, 1])
+
     def gradient(f, x, i):
-        j = _order(state, x, i, visits, importance)[:,:coordinates]
-        visits[i[:,None],j] += 1
-        return look(x[i], i), torch.cat([slopes(f, x, i, part) for part in j.split(32, 1)], 1), (i[:,None], j)
+        j = _order(state, x, i, visits, importance)[:, :coordinates]
+        visits[i[:, None], j] += 1
+        return (
+            look(x[i], i),
+            torch.cat([slopes(f, x, i, part) for part in j.split(32, 1)], 1),
+            (i[:, None], j),
+        )
+
     return gradient, look
 
 # %% ../../nbs/07_zoo.ipynb #07-018
 def _check_width(state, h):
-    least = 16*torch.finfo(state.x.dtype).eps*max(map(abs, state.bounds))
-    require(h>=least, f"h must be at least {least:.2g}, or rounding swallows it, found {h}")
+    least = 16 * torch.finfo(state.x.dtype).eps * max(map(abs, state.bounds))
+    require(h >= least, f'h must be at least {least:.2g}, or rounding swallows it, found {h}')
+
 
 def _start(state, gradient, kappa, c, lr):
     "At the image; the distance of the boundary estimated from the slope in a few coordinates"
     logits, g, _ = gradient(state.margin, state.x, state.all)
     gap = state.margin_target(logits, state.all, kappa)
-    return state.x.clone(), *linear_scale(state, gap/(state.x[0].numel()*g.square().mean(1)).sqrt(), gap, 2, c, lr)
+    return state.x.clone(), *linear_scale(
+        state, gap / (state.x[0].numel() * g.square().mean(1)).sqrt(), gap, 2, c, lr
+    )
+
 
 @attack()
 def zoo(
     *,
-    max_queries:int=20_000, # Largest number of queries an image, besides a first look and a last check, 1 or more; too few for its steps is an error that says how many it takes
-    kappa:float=0., # Margin to reach beyond the boundary, in units of a logit, 0 or more
-    c:float|None=None, # First weight of the penalty, in squared pixels a unit of a logit, above 0; default: for each image from a linear estimate
-    binary_search_steps:int=2, # Values of c that are tried, 1 or more
-    lr:float|None=None, # First learning rate, in units of a pixel, above 0; default: for each image from the linear estimate
-    h:float=.01, # Half of what a pixel differs by in a pair of queries, in units of a pixel, above 0
-    coordinates:int=128, # Coordinates moved in a step, 1 or more; two queries each, and one more for the point itself
-    importance:bool=False, # Draw coordinates in proportion to their change, not in turn
-    repeats:int=1 # Times that every point is asked about, 1 or more, and the answers averaged, for a model that draws random numbers; use a `kappa` above the noise that is left, or one lucky answer ends the search
+    max_queries: int = 20_000,  # Largest number of queries an image, besides a first look and a last check, 1 or more; too few for its steps is an error that says how many it takes
+    kappa: float = 0.0,  # Margin to reach beyond the boundary, in units of a logit, 0 or more
+    c: float
+    | None = None,  # First weight of the penalty, in squared pixels a unit of a logit, above 0; default: for each image from a linear estimate
+    binary_search_steps: int = 2,  # Values of c that are tried, 1 or more
+    lr: float
+    | None = None,  # First learning rate, in units of a pixel, above 0; default: for each image from the linear estimate
+    h: float = 0.01,  # Half of what a pixel differs by in a pair of queries, in units of a pixel, above 0
+    coordinates: int = 128,  # Coordinates moved in a step, 1 or more; two queries each, and one more for the point itself
+    importance: bool = False,  # Draw coordinates in proportion to their change, not in turn
+    repeats: int = 1,  # Times that every point is asked about, 1 or more, and the answers averaged, for a model that draws random numbers; use a `kappa` above the noise that is left, or one lucky answer ends the search
 ):
     "Zeroth-order optimisation by coordinate Adam (Chen et al., 2017, algorithms 1 and 2)."
     check_penalty(c, lr, kappa, binary_search_steps)
     check_counts(max_queries=max_queries, coordinates=coordinates, repeats=repeats)
     check_positive(h=h)
+
     def solve(state):
-        cost = repeats*(2*min(coordinates, state.x[0].numel())+1)
+        cost = repeats * (2 * min(coordinates, state.x[0].numel()) + 1)
         _check_width(state, h)
-        steps = ((max_queries-repeats*binary_search_steps)//cost-1)//binary_search_steps
-        require(steps>0, f"max_queries must be at least {(binary_search_steps+1)*cost+repeats*binary_search_steps} for {binary_search_steps} values of c and {cost} queries a step, found {max_queries}")
+        steps = ((max_queries - repeats * binary_search_steps) // cost - 1) // binary_search_steps
+        require(
+            steps > 0,
+            f'max_queries must be at least {(binary_search_steps + 1) * cost + repeats * binary_search_steps} for {binary_search_steps} values of c and {cost} queries a step, found {max_queries}',
+        )
         gradient, look = _differences(state, coordinates, h, importance, repeats)
-        return minimise(state, gradient, look, _start(state, gradient, kappa, c, lr), kappa=kappa, binary_search_steps=binary_search_steps, steps=steps)
+        return minimise(
+            state,
+            gradient,
+            look,
+            _start(state, gradient, kappa, c, lr),
+            kappa=kappa,
+            binary_search_steps=binary_search_steps,
+            steps=steps,
+        )
+
     return solve
 
 # %% ../../nbs/07_zoo.ipynb #07-024
 def _draws(state, draw, n, i):
     "`n` draws for each image, in parts `[len(i),<=32,...]`"
-    for part in torch.arange(n).split(32): yield state.random(lambda shape, generator: draw((len(part), *shape), generator=generator), i)
+    for part in torch.arange(n).split(32):
+        yield state.random(
+            lambda shape, generator: draw((len(part), *shape), generator=generator), i
+        )
 
-def _rademacher(shape, generator): return torch.randint(2, shape, generator=generator)*2-1
+
+def _rademacher(shape, generator):
+    return torch.randint(2, shape, generator=generator) * 2 - 1
+
 
 def _slope(state, x, i, samples, h):
     "The gradient of the margin: a mean of directions, each times the slope along it"
     g = torch.zeros_like(x)
     for v in _draws(state, _rademacher, samples, i):
-        points = state.clip(torch.cat([x[:,None]+h*v, x[:,None]-h*v], 1))
+        points = state.clip(torch.cat([x[:, None] + h * v, x[:, None] - h * v], 1))
         above, below = _each(state.margin, state.logits_of_many(points, i), i).chunk(2, 1)
-        g += torch.einsum('bn,bn...->b...', (above-below)/(2*h*samples), v)
+        g += torch.einsum('bn,bn...->b...', (above - below) / (2 * h * samples), v)
     return g
 
 # %% ../../nbs/07_zoo.ipynb #07-027
 @attack(minimum_norm=False)
 def spsa(
     *,
-    eps:float=.3, # Radius of the ball, in units of a pixel, 0 or more
-    p:float=torch.inf, # Norm of the ball: inf or 2
-    steps:int=100, # Steps of Adam, 1 or more
-    samples:int=64, # Directions a step, 1 or more; two queries each, and one more for the new point
-    h:float=.01, # Half of what a pixel differs by in a pair of queries, in units of a pixel, above 0
-    lr:float=.01 # Adam's learning rate, about what a pixel moves in a step, above 0
+    eps: float = 0.3,  # Radius of the ball, in units of a pixel, 0 or more
+    p: float = torch.inf,  # Norm of the ball: inf or 2
+    steps: int = 100,  # Steps of Adam, 1 or more
+    samples: int = 64,  # Directions a step, 1 or more; two queries each, and one more for the new point
+    h: float = 0.01,  # Half of what a pixel differs by in a pair of queries, in units of a pixel, above 0
+    lr: float = 0.01,  # Adam's learning rate, about what a pixel moves in a step, above 0
 ):
     "Simultaneous perturbation stochastic approximation with Adam (Spall, 1992; Uesato et al., 2018)."
     ball = Ball(eps, p)
     check_counts(steps=steps, samples=samples)
     check_positive(h=h, lr=lr)
+
     def solve(state):
         _check_width(state, h)
         best, adam, x, i = BestMargin(state), Adam(state.x), state.x, state.all
         best.update(x, state.logits(x, i), i)
         for _ in range(steps):
             i, x = best.active(i, x)
-            if not len(i): break
+            if not len(i):
+                break
             g = _slope(state, x, i, samples, h)
-            x = ball.clip(state, x + lr*adam.step(g.flatten(1), i).view_as(x), i)
+            x = ball.clip(state, x + lr * adam.step(g.flatten(1), i).view_as(x), i)
             best.update(x, state.logits(x, i), i)
         return best.x
+
     return solve
 
 # %% ../../nbs/07_zoo.ipynb #07-033
 def _share(p_init, step, max_queries):
     "Of the pixels, what a step changes"
-    return p_init/2**sum(step/max_queries > m for m in (.001, .005, .02, .1, .2, .4, .6, .8))
+    return p_init / 2 ** sum(
+        step / max_queries > m for m in (0.001, 0.005, 0.02, 0.1, 0.2, 0.4, 0.6, 0.8)
+    )
+
 
 def _size(x):
     "Channels, rows and columns of an image; a vector is one row"
     height, width = (1, *x.shape[1:])[-2:]
-    return x[0].numel()//(height*width), height, width
+    return x[0].numel() // (height * width), height, width
+
 
 def _sides(share, height, width):
     "Of a square of that share of the image; of a rectangle where a square would not fit"
-    side = (share*height*width)**.5
-    return tuple(min(max(round(max(side, share*n)), 1), n) for n in (height, width))
+    side = (share * height * width) ** 0.5
+    return tuple(min(max(round(max(side, share * n)), 1), n) for n in (height, width))
 
 # %% ../../nbs/07_zoo.ipynb #07-036
 def _window(state, i, sides, size):
     "Flat indices `[len(i),1,h*w]` of a window of these sides, anywhere within the image"
     corner = state.random(lambda _, generator: torch.rand(2, generator=generator), i)
-    rows, columns = ((corner[:,k]*(n-side+1)).long().clamp_max(n-side)[:,None] + torch.arange(side, device=i.device) for k,(side,n) in enumerate(zip(sides, size)))
-    return (rows[:,:,None]*size[1] + columns[:,None]).flatten(1)[:,None]
+    rows, columns = (
+        (corner[:, k] * (n - side + 1)).long().clamp_max(n - side)[:, None]
+        + torch.arange(side, device=i.device)
+        for k, (side, n) in enumerate(zip(sides, size))
+    )
+    return (rows[:, :, None] * size[1] + columns[:, None]).flatten(1)[:, None]
 
-def _signs(state, i, *shape): return state.random(lambda _, generator: _rademacher(shape, generator), i)
+
+def _signs(state, i, *shape):
+    return state.random(lambda _, generator: _rademacher(shape, generator), i)
+
 
 def _stripes(state, ball):
     "Each column of each channel `eps` above or below"
     channels, height, width = _size(state.x)
-    signs = _signs(state, state.all, channels, 1, width).expand(-1, -1, height, -1).reshape(state.x.shape)
-    return ball.clip(state, state.x + ball.eps*signs, state.all)
+    signs = (
+        _signs(state, state.all, channels, 1, width)
+        .expand(-1, -1, height, -1)
+        .reshape(state.x.shape)
+    )
+    return ball.clip(state, state.x + ball.eps * signs, state.all)
+
 
 def _square(state, x, i, ball, share):
     "One square, `eps` above or below the image in each channel; the other way where that changes nothing"
     channels, *size = _size(x)
     window = _window(state, i, _sides(share, *size), size).expand(-1, channels, -1)
     now, centre = (v.view(len(i), channels, -1) for v in (x, state.x[i]))
-    old, centre, sign = now.gather(2, window), centre.gather(2, window), _signs(state, i, channels, 1)
-    up, down = (within_reach(state.clip(centre + step), centre, ball.eps) for step in (ball.eps*sign, -ball.eps*sign))
-    idle = (up==old).flatten(1).all(1)[:,None,None]
+    old, centre, sign = (
+        now.gather(2, window),
+        centre.gather(2, window),
+        _signs(state, i, channels, 1),
+    )
+    up, down = (
+        within_reach(state.clip(centre + step), centre, ball.eps)
+        for step in (ball.eps * sign, -ball.eps * sign)
+    )
+    idle = (up == old).flatten(1).all(1)[:, None, None]
     return now.scatter(2, window, torch.where(idle, down, up)).view_as(x)
 
 # %% ../../nbs/07_zoo.ipynb #07-039
 def _hill(h, w, like):
     "Highest at the centre of a rectangle, lowest at its border"
-    distance = torch.maximum((torch.arange(h)-h//2).abs()[:,None], (torch.arange(w)-w//2).abs())
-    return (1/torch.arange(max(h, w)//2+1, 0, -1).square()).cumsum(0).flip(0)[distance].to(like)
+    distance = torch.maximum(
+        (torch.arange(h) - h // 2).abs()[:, None], (torch.arange(w) - w // 2).abs()
+    )
+    return (
+        (1 / torch.arange(max(h, w) // 2 + 1, 0, -1).square()).cumsum(0).flip(0)[distance].to(like)
+    )
+
 
 def _hill_and_valley(h, w, like):
     "A hill above its mirror image, of norm 1 together"
-    pair = torch.cat([_hill(h//2, w, like), -_hill(h-h//2, w, like)])
-    return pair/pair.norm()
+    pair = torch.cat([_hill(h // 2, w, like), -_hill(h - h // 2, w, like)])
+    return pair / pair.norm()
+
 
 def _tiles(state, ball):
     "5 x 5 tiles, each a hill and a valley or a valley and a hill, of norm `eps` in all"
     channels, *size = _size(state.x)
-    tiles = torch.kron(_signs(state, state.all, channels, 5, 5), _hill_and_valley(*(max(n//5, 1) for n in size), state.x))
-    (top, bottom), (left, right) = ((n//2, n-n//2) for n in (most-covered for most,covered in zip(size, tiles.shape[2:])))
-    return state.clip(state.x + ball.eps*unit(F.pad(tiles, (left, right, top, bottom)).reshape(state.x.shape), 2))
+    tiles = torch.kron(
+        _signs(state, state.all, channels, 5, 5),
+        _hill_and_valley(*(max(n // 5, 1) for n in size), state.x),
+    )
+    (top, bottom), (left, right) = (
+        (n // 2, n - n // 2)
+        for n in (most - covered for most, covered in zip(size, tiles.shape[2:]))
+    )
+    return state.clip(
+        state.x
+        + ball.eps * unit(F.pad(tiles, (left, right, top, bottom)).reshape(state.x.shape), 2)
+    )
+
 
 def _two_squares(state, x, i, ball, share):
     "Move the budget of two squares, and what is unspent, to the first"
     channels, *size = _size(x)
-    h, w = sides = [min(max(side, 3)|1, n) for side,n in zip(_sides(share, *size), size)]
+    h, w = sides = [min(max(side, 3) | 1, n) for side, n in zip(_sides(share, *size), size)]
     first, second = (_window(state, i, sides, size).expand(-1, channels, -1) for _ in range(2))
     centre = state.x[i].view(len(i), channels, -1)
-    change = x.view_as(centre)-centre
+    change = x.view_as(centre) - centre
     rest = change.scatter(2, first, 0).scatter(2, second, 0)
     unspent = (ball.eps**2 - change.square().sum((1, 2))).clamp_min(0)
-    budget = ((change-rest).square().sum(2) + unspent[:,None]/channels).sqrt()
-    pattern = torch.where(_signs(state, i, 1)>0, _hill_and_valley(h, w, x).flatten(), _hill_and_valley(w, h, x).T.flatten())
-    bump = F.normalize(_signs(state, i, channels, 1)*pattern[:,None] + F.normalize(change.gather(2, first), dim=2), dim=2)
-    return state.clip(centre + rest.scatter(2, first, budget[:,:,None]*bump)).view_as(x)
+    budget = ((change - rest).square().sum(2) + unspent[:, None] / channels).sqrt()
+    pattern = torch.where(
+        _signs(state, i, 1) > 0,
+        _hill_and_valley(h, w, x).flatten(),
+        _hill_and_valley(w, h, x).T.flatten(),
+    )
+    bump = F.normalize(
+        _signs(state, i, channels, 1) * pattern[:, None]
+        + F.normalize(change.gather(2, first), dim=2),
+        dim=2,
+    )
+    return state.clip(centre + rest.scatter(2, first, budget[:, :, None] * bump)).view_as(x)
 
 # %% ../../nbs/07_zoo.ipynb #07-043
 @attack(minimum_norm=False)
 def square(
     *,
-    eps:float=.3, # Radius of the ball, in units of a pixel, 0 or more
-    p:float=torch.inf, # Norm of the ball: inf or 2
-    max_queries:int=5000, # Largest number of queries an image, besides a first look and a last check, 1 or more
-    p_init:float|None=None # Share of the pixels in the first squares, in (0, 1]; default: 0.8, and 0.1 for p = 2
+    eps: float = 0.3,  # Radius of the ball, in units of a pixel, 0 or more
+    p: float = torch.inf,  # Norm of the ball: inf or 2
+    max_queries: int = 5000,  # Largest number of queries an image, besides a first look and a last check, 1 or more
+    p_init: float
+    | None = None,  # Share of the pixels in the first squares, in (0, 1]; default: 0.8, and 0.1 for p = 2
 ):
     "Square attack (Andriushchenko et al., 2020, algorithms 1 to 3)."
     ball = Ball(eps, p)
     check_counts(max_queries=max_queries)
-    if p_init is None: p_init = .1 if p==2 else .8
+    if p_init is None:
+        p_init = 0.1 if p == 2 else 0.8
     check_positive(p_init=p_init)
     check_range(0, 1, p_init=p_init)
-    first, propose = (_tiles, _two_squares) if p==2 else (_stripes, _square)
+    first, propose = (_tiles, _two_squares) if p == 2 else (_stripes, _square)
+
     def solve(state):
         best, i, point = BestMargin(state), state.all, first(state, ball)
-        for step in range(1, max_queries+1):
+        for step in range(1, max_queries + 1):
             best.update(point, state.logits(point, i), i)
-            i, = best.active(i)
-            if not len(i): break
+            (i,) = best.active(i)
+            if not len(i):
+                break
             point = propose(state, best.x[i], i, ball, _share(p_init, step, max_queries))
         return best.x
+
     return solve
 
 # %% ../../nbs/07_zoo.ipynb #07-049
 class _Labels(BestNorm):
     "Asks for labels alone, at most `max_queries` times an image, and keeps the nearest point that fools"
+
     def __init__(self, state, p, max_queries):
         super().__init__(state, p)
         self.max_queries = max_queries
 
-    def left(self, i): return self.max_queries - self.state.forwards[i]
+    def left(self, i):
+        return self.max_queries - self.state.forwards[i]
 
     def fool(self, x, i):
         "Bool `[len(i)]`; where the budget is spent nothing is asked, and nothing fools"
         able = self.left(i) > 0
         won = torch.zeros_like(able)
-        if able.any(): won[able] = self.state.is_adversarial(self.state.logits(x[able], i[able]), i[able])
+        if able.any():
+            won[able] = self.state.is_adversarial(self.state.logits(x[able], i[able]), i[able])
         return self.keep(x, won, i)
 
 # %% ../../nbs/07_zoo.ipynb #07-051
 def _shorten(state, x, i, share, p):
     "`x` with its change reduced to a share of its norm: by scaling, or for p = inf by clipping"
-    change = x-state.x[i]
-    most = per_image(share*norm(change, p), x)
-    return state.clip(state.x[i] + (change.clamp(-most, most) if p==torch.inf else per_image(share, x)*change))
+    change = x - state.x[i]
+    most = per_image(share * norm(change, p), x)
+    return state.clip(
+        state.x[i] + (change.clamp(-most, most) if p == torch.inf else per_image(share, x) * change)
+    )
+
 
 def _to_boundary(labels, x, i, tolerance):
     "Bisect the way from each image to `x`, which fools; the nearer end of what still does"
     low, high = x.new_zeros(len(i)), x.new_ones(len(i))
     for _ in range(math.ceil(-math.log2(tolerance))):
-        middle = (low+high)/2
+        middle = (low + high) / 2
         won = labels.fool(_shorten(labels.state, x, i, middle, labels.p), i)
         low, high = torch.where(won, low, middle), torch.where(won, middle, high)
     return _shorten(labels.state, x, i, high, labels.p)
 
+
 def _normal(labels, x, i, n, delta):
     "Towards the fooled side: a sum of `n` steps of length `delta` within the box, each counted for or against by whether it fools (equation 16)"
-    state, plus, plain, total = labels.state, torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(len(i))
+    state, plus, plain, total = (
+        labels.state,
+        torch.zeros_like(x),
+        torch.zeros_like(x),
+        x.new_zeros(len(i)),
+    )
     for u in _draws(state, torch.randn, n, i):
-        points = state.clip(x[:,None] + per_image(delta, u)*unit(u.flatten(0, 1), 2).view_as(u))
-        phi, steps = 2*_each(state.is_adversarial, state.logits_of_many(points, i), i).to(x)-1, points-x[:,None]
+        points = state.clip(x[:, None] + per_image(delta, u) * unit(u.flatten(0, 1), 2).view_as(u))
+        phi, steps = (
+            2 * _each(state.is_adversarial, state.logits_of_many(points, i), i).to(x) - 1,
+            points - x[:, None],
+        )
         plus += torch.einsum('bn,bn...->b...', phi, steps)
-        plain, total = plain+steps.sum(1), total+phi.sum(1)
-    return plus - per_image(torch.where(total.abs()<n, total/n, 0), x)*plain
+        plain, total = plain + steps.sum(1), total + phi.sum(1)
+    return plus - per_image(torch.where(total.abs() < n, total / n, 0), x) * plain
+
 
 def _jump(labels, x, i, direction, length):
     "By `length`, or half of it, or a quarter, until it fools; `x` where none does"
     landed, waiting = x.clone(), torch.arange(len(i), device=i.device)
     for k in range(24):
-        if not len(waiting): break
-        there = labels.state.clip(x[waiting] + per_image(length[waiting]/2**k, x)*direction[waiting])
+        if not len(waiting):
+            break
+        there = labels.state.clip(
+            x[waiting] + per_image(length[waiting] / 2**k, x) * direction[waiting]
+        )
         won = labels.fool(there, i[waiting])
         landed[waiting[won]] = there[won]
         waiting = waiting[~won]
@@ -283,60 +410,89 @@ def _jump(labels, x, i, direction, length):
 # %% ../../nbs/07_zoo.ipynb #07-055
 def _noise(shape, generator):
     "Uniform in [0, 1], to a random power"
-    return torch.rand(shape, generator=generator)**2**(8*torch.rand((), generator=generator)-4)
+    return (
+        torch.rand(shape, generator=generator) ** 2 ** (8 * torch.rand((), generator=generator) - 4)
+    )
+
 
 def _find(labels, start, tries):
     "A first image that fools: the start given, else a mixture with noise"
     state, i = labels.state, labels.state.all
     low, high = state.bounds
-    if start is not None: labels.fool(start[state.positions.to(start.device)].to(state.x), i)
+    if start is not None:
+        labels.fool(start[state.positions.to(start.device)].to(state.x), i)
     for k in range(tries):
         i = i[labels.norm[i].isinf()]
-        if not len(i): break
-        labels.fool(state.clip(state.x[i] + (k+1)/tries*(low + (high-low)*state.random(_noise, i) - state.x[i])), i)
+        if not len(i):
+            break
+        labels.fool(
+            state.clip(
+                state.x[i]
+                + (k + 1) / tries * (low + (high - low) * state.random(_noise, i) - state.x[i])
+            ),
+            i,
+        )
+
 
 def _clear(labels, i, overshoot):
     "Stretch the changes, so that rounding cannot undo them"
     state, x = labels.state, labels.x
-    stretched = state.clip(state.x + (1+overshoot)*(x-state.x))[i]
-    if len(i): x[i] = torch.where(per_image(state.is_adversarial(state.logits(stretched, i), i), x), stretched, x[i])
+    stretched = state.clip(state.x + (1 + overshoot) * (x - state.x))[i]
+    if len(i):
+        x[i] = torch.where(
+            per_image(state.is_adversarial(state.logits(stretched, i), i), x), stretched, x[i]
+        )
     return x
 
+
 def _check_start(start, x, bounds):
-    require(isinstance(start, Tensor) and start.is_floating_point() and start.shape==getattr(x, 'shape', None),
-            f"start must be a float tensor like x, {list(getattr(x, 'shape', []))}, found {type(start).__name__} {getattr(start, 'dtype', '')} {list(getattr(start, 'shape', []))}")
+    require(
+        isinstance(start, Tensor)
+        and start.is_floating_point()
+        and start.shape == getattr(x, 'shape', None),
+        f'start must be a float tensor like x, {list(getattr(x, "shape", []))}, found {type(start).__name__} {getattr(start, "dtype", "")} {list(getattr(start, "shape", []))}',
+    )
     return within_bounds(start, bounds, 'start')
+
 
 @attack()
 def hop_skip_jump(
-    x, bounds,
+    x,
+    bounds,
     *,
-    p:float=2, # Norm to keep small: 2 or inf
-    max_queries:int=5000, # Largest number of queries an image, besides a first look and a last check, 1 or more; it stops where the next round would take more
-    init_queries:int=100, # Of these, at most so many (1 or more), and at most half, to find a first image that fools where `start` does not
-    samples:int=100, # Directions in the first round, 1 or more; the t-th takes sqrt(t) times as many
-    gamma:float=10., # Above 0; scales the steps to the sides, and the share of the way at which bisection stops
-    overshoot:float=1e-3, # Share added to the change at the end, 0 or more
-    start:Tensor|None=None # Images `[N,...]` classified as wanted; noise is tried where they are not
+    p: float = 2,  # Norm to keep small: 2 or inf
+    max_queries: int = 5000,  # Largest number of queries an image, besides a first look and a last check, 1 or more; it stops where the next round would take more
+    init_queries: int = 100,  # Of these, at most so many (1 or more), and at most half, to find a first image that fools where `start` does not
+    samples: int = 100,  # Directions in the first round, 1 or more; the t-th takes sqrt(t) times as many
+    gamma: float = 10.0,  # Above 0; scales the steps to the sides, and the share of the way at which bisection stops
+    overshoot: float = 1e-3,  # Share added to the change at the end, 0 or more
+    start: Tensor
+    | None = None,  # Images `[N,...]` classified as wanted; noise is tried where they are not
 ):
     "HopSkipJump (Chen, Jordan and Wainwright, 2020, algorithm 2)."
-    require(p in (2, torch.inf), f"p must be 2 or inf, found {p!r}")
+    require(p in (2, torch.inf), f'p must be 2 or inf, found {p!r}')
     check_counts(max_queries=max_queries, init_queries=init_queries, samples=samples)
     check_positive(gamma=gamma)
     check_range(0, math.inf, overshoot=overshoot)
-    if start is not None: start = _check_start(start, x, bounds)
+    if start is not None:
+        start = _check_start(start, x, bounds)
+
     def solve(state):
-        labels, size = _Labels(state, p, max_queries-1), state.x[0].numel()
-        tolerance = min(max(gamma*size**(-1.5 if p==2 else -2), torch.finfo(state.x.dtype).eps), 1e-3)
-        _find(labels, start, min(init_queries, max_queries//2))
+        labels, size = _Labels(state, p, max_queries - 1), state.x[0].numel()
+        tolerance = min(
+            max(gamma * size ** (-1.5 if p == 2 else -2), torch.finfo(state.x.dtype).eps), 1e-3
+        )
+        _find(labels, start, min(init_queries, max_queries // 2))
         found = i = labels.norm.isfinite().nonzero().squeeze(1)
         x = _to_boundary(labels, labels.x[i], i, tolerance)
         for t in count(1):
-            n = int(samples*t**.5)
+            n = int(samples * t**0.5)
             going = labels.left(i) > n
             i, x = i[going], x[going]
-            if not len(i): return _clear(labels, found, overshoot)
-            far = norm(x-state.x[i], p)
-            direction = unit(_normal(labels, x, i, n, min(gamma/size, .1)*far), p)
-            x = _to_boundary(labels, _jump(labels, x, i, direction, far/t**.5), i, tolerance)
+            if not len(i):
+                return _clear(labels, found, overshoot)
+            far = norm(x - state.x[i], p)
+            direction = unit(_normal(labels, x, i, n, min(gamma / size, 0.1) * far), p)
+            x = _to_boundary(labels, _jump(labels, x, i, direction, far / t**0.5), i, tolerance)
+
     return solve
