@@ -575,6 +575,8 @@ def attack(
     first: Callable
     | str
     | None = None,  # What the attack needs at the images themselves, as for `run`, or a function of its parameters that says so
+    renamed: dict
+    | None = None,  # Old name of a parameter: new name; the old one warns for a release
 ) -> Callable:  # A decorator
     "Make an attack of a function that checks its parameters and returns the algorithm, from an `AttackState` to images; it may ask for `x` and `bounds` to check them against."
 
@@ -585,6 +587,11 @@ def attack(
 
         @wraps(make)
         def attack_images(model, x, y=None, **given):
+            for old, new in (renamed or {}).items():
+                if old in given:
+                    text = f'{make.__name__}: {old} is now called {new}'
+                    warnings.warn(text, DeprecationWarning, stacklevel=2)
+                    given[new] = given.pop(old)
             mine = {p.name: given.pop(p.name, p.default) for p in own}
             if unknown := given.keys() - {p.name for p in shared}:
                 raise TypeError(f'{make.__name__} has no parameter {", ".join(sorted(unknown))}')
