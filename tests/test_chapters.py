@@ -120,6 +120,14 @@ def test_functions_are_short_and_take_few_arguments(path):
 
 
 @each_module
+def test_lines_of_modules_fit_on_the_screen(path):
+    "100 columns, but for the list of names that nbdev writes"
+    text = re.sub(r'^__all__ = \[.*?\]$', '', path.read_text(), flags=re.M | re.S)
+    long = [line for line in text.splitlines() if len(line) > 100]
+    assert not long, long
+
+
+@each_module
 def test_classes_stand_whole_and_modules_keep_their_own(path):
     "No method is added from elsewhere, and no module imports a private name of another"
     text = path.read_text()
