@@ -135,7 +135,7 @@ def _fault(x, y, n_classes):
     if y.min() < 0 or y.max() >= n_classes:
         return f'labels from 0 to {n_classes - 1}', f'{y.min()} to {y.max()}', 'check the labels'
 
-
+# %% ../nbs/00_data.ipynb #00-055
 def check_images(
     x: Tensor,  # float32 `[N,1,28,28]` in [0, 1]
     y: Tensor,  # int64 `[N]`, each from 0 to `n_classes - 1`
@@ -180,10 +180,10 @@ def show_images(
     import matplotlib.pyplot as plt
 
     titles = titles or [''] * len(x)
-    rows = -(-len(x) // columns)
-    lines = max(title.count('\n') + bool(title) for title in titles)
-    size = columns * scale, rows * (scale + 0.15 * lines)
-    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')
+    rows = [titles[n : n + columns] for n in range(0, len(x), columns)]
+    lines = sum(max(title.count('\n') + bool(title) for title in row) for row in rows)
+    size = columns * scale, len(rows) * scale + 0.15 * lines
+    fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout='constrained')
     for ax in axes.flat:
         ax.axis('off')
     for ax, image, title in zip(axes.flat, x, titles):
@@ -208,7 +208,7 @@ _SUMS = dict(  # MD5 of unpacked files
     KMNIST={},
 )
 
-
+# %% ../nbs/00_data.ipynb #00-056
 def _md5(content):
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
@@ -247,7 +247,7 @@ def data_root() -> Path:  # `$GENROBUST_DATA`, else a folder in the user's cache
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
     return _expand(os.environ.get('GENROBUST_DATA') or cache / 'genrobust')
 
-
+# %% ../nbs/00_data.ipynb #00-057
 def _own_folder(dataset, root):
     return root / dataset.__name__ / 'raw'
 
@@ -332,7 +332,7 @@ def _download(dataset, name, folder, mirrors):
         'to the folder that holds them.'
     )
 
-
+# %% ../nbs/00_data.ipynb #00-058
 def _unpacked(dataset, root, download):
     "Names and contents of the four files"
     mirrors, folder = list(dataset.mirrors), _own_folder(dataset, root)

@@ -45,12 +45,7 @@ def make_optimiser(
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     return optimiser, AveragedModel(model, multi_avg_fn=_decay_average)
 
-
-def _perturb(adversary, model, x, y):
-    "The images to learn from: those of the adversary, if there is one"
-    return adversary(model.eval(), x, y) if adversary else x
-
-
+# %% ../nbs/02_training.ipynb #02-076
 def train_epoch(
     model: Classifier,  # Trained in place
     optimiser: torch.optim.Optimizer,  # This and the next by `make_optimiser`
@@ -77,6 +72,11 @@ def train_epoch(
         average.update_parameters(model)
         total += loss.detach() * len(y)
     return (total / len(data.y)).item()
+
+# %% ../nbs/02_training.ipynb #02-077
+def _perturb(adversary, model, x, y):
+    "The images to learn from: those of the adversary, if there is one"
+    return adversary(model.eval(), x, y) if adversary else x
 
 
 @torch.no_grad()
@@ -146,7 +146,7 @@ def _load_checkpoint(path):
         write_whole(path, _previous(path).read_bytes())
         return found
 
-
+# %% ../nbs/02_training.ipynb #02-078
 def _kl_weight(epochs, warmup):
     "After so many epochs, in fractions too"
     return min(1.0, epochs / warmup) if warmup else 1.0
@@ -282,7 +282,7 @@ def _check_checkpoint(path):
     writable(Path(os.path.realpath(path)).parent)
     return path
 
-
+# %% ../nbs/02_training.ipynb #02-079
 def fit(
     model: Classifier,  # Trained in place; left in eval mode with its best weights
     train: Images,  # To learn from
