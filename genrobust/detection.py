@@ -48,7 +48,7 @@ def conformal_rank(
     n: int,  # Number of clean images
     fpr: float,  # Share of new clean images that may be rejected, in (0, 1)
 ) -> int:
-    "k = floor(fpr*(n+1)), never rounded; a `ValueError` unless `n >= 1/fpr`."
+    "k = floor(fpr (n+1)), never rounded; a `ValueError` unless `n >= 1/fpr`."
     rate = _as_fraction(fpr)
     require(
         n * rate >= 1,
@@ -62,7 +62,7 @@ def conformal_threshold(
     scores: Tensor,  # Of n clean images, used for nothing else `[n]`
     fpr: float,  # Share of new clean images that may be rejected, in (0, 1)
 ) -> float:  # A higher score is rejected
-    "The k-th largest score, k = floor(fpr*(n+1)) (Papadopoulos et al., 2002)."
+    "The k-th largest score, k = floor(fpr (n+1)) (Papadopoulos et al., 2002)."
     return scores.topk(conformal_rank(len(scores), fpr)).values[-1].item()
 
 # %% ../nbs/10_detection.ipynb #10-008
