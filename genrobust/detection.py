@@ -128,7 +128,7 @@ class Detector:
         return self.fit_logits(_model_logits(self.model, train.x, batch_size), train.y)
 
     def fit_logits(self, logits: Tensor, y: Tensor) -> 'Detector':
-        "`fit`, from logits `[N,C]` that the model has computed already and labels `[N]`."
+        "As `Detector.fit`, from logits `[N,C]` that the model has computed and labels `[N]`."
         label = logits.argmax(1)
         require(
             y.shape == label.shape,
@@ -163,7 +163,7 @@ class Detector:
         return self.calibrate_logits(_model_logits(self.model, valid.x, batch_size), fpr)
 
     def calibrate_logits(self, logits: Tensor, fpr: float = 0.05) -> 'Detector':
-        "`calibrate`, from logits `[N,C]` that the model has computed already."
+        "As `Detector.calibrate`, from logits `[N,C]` that the model has computed already."
         self.threshold, self.fpr = conformal_threshold(self.judge(logits), fpr), float(fpr)
         return self
 
@@ -229,7 +229,7 @@ class Detector:
     @property
     def alpha(self) -> float:
         """The threshold as Li, Bradshaw and Sharma state it, in standard deviations from the
-        mean; None before `calibrate`."""
+        mean; None before `Detector.calibrate`."""
         return None if self.threshold is None else self.sign * self.threshold
 
     def __repr__(self):
@@ -339,7 +339,7 @@ def detectors_from_logits(
     chosen: Tensor,  # Its logits for validation images `[M,C]`
     fpr: float = 0.05,  # Share of new clean images that may be rejected, in (0, 1)
 ) -> dict:  # As by `fit_detectors`
-    "`fit_detectors`, from logits that the model has computed already."
+    "As `fit_detectors`, from logits that the model has computed already."
     conformal_rank(len(chosen), fpr)
     found = {}
     for name, kind in DETECTORS.items():
