@@ -374,7 +374,7 @@ def test_an_operation_that_cannot_be_vectorised():
     assert torch.allclose(jacobian(Model().eval(), x)[1], jacobian(Twice().eval(), x)[1], atol=1e-6)
 
 
-def test_a_tied_vote_is_not_fooled():
+def test_a_tied_vote_is_no_success():
     class Coin(nn.Module):
         "Answers 0, 1, 0, 1, ..."
 
@@ -457,10 +457,10 @@ def test_apgd_in_ball_and_box_with_every_loss(p, loss, aimed):
     assert (
         result.perturbation.flatten(1).norm(p, dim=1) <= 0.4 * (1 + 1e-5)
     ).all() and result.x_adv.abs().max() <= 1
-    assert torch.equal(result.success, result.fooled(model(result.x_adv).argmax(1)))
+    assert torch.equal(result.success, result.is_success(model(result.x_adv).argmax(1)))
 
 
-def test_apgd_spends_one_gradient_a_step_and_restarts_only_what_is_not_fooled():
+def test_apgd_spends_one_gradient_a_step_and_restarts_only_where_it_has_not_succeeded():
     model, x = elsewhere()
     result = apgd(model, x, eps=0.03, steps=7, restarts=3, bounds=(-1, 1))
     once = apgd(model, x, eps=0.03, steps=7, bounds=(-1, 1)).success
