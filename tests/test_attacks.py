@@ -52,7 +52,7 @@ FEW = {
     carlini_wagner: dict(steps=5, binary_search_steps=2),
     deepfool: dict(steps=5),
     truncated_deepfool: dict(steps=10),
-}  # where the model is slow and need not be fooled
+}  # where the model is slow and attacks need not succeed
 
 every_attack = pytest.mark.parametrize('attack', ATTACKS, ids=lambda f: f.__name__)
 
@@ -677,7 +677,7 @@ def test_zoo_asks_again_and_wants_a_margin_where_answers_are_noisy():
     ids=['pgd', 'mim'],
 )
 def test_a_point_of_infinite_logits_hides_no_success(attack, own):
-    "Far beyond the boundary log(sigmoid) is -inf; what was fooled on the way there stays fooled"
+    "Far beyond the boundary log(sigmoid) is -inf; what was misclassified on the way there stays a success"
 
     class Underflowing(nn.Module):
         def forward(self, x):
