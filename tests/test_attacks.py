@@ -52,7 +52,7 @@ FEW = {
     carlini_wagner: dict(steps=5, binary_search_steps=2),
     deepfool: dict(steps=5),
     truncated_deepfool: dict(steps=10),
-}  # where the model is slow and need not be fooled
+}  # where the model is slow and attacks need not succeed
 
 every_attack = pytest.mark.parametrize('attack', ATTACKS, ids=lambda f: f.__name__)
 
@@ -374,7 +374,7 @@ def test_an_operation_that_cannot_be_vectorised():
     assert torch.allclose(jacobian(Model().eval(), x)[1], jacobian(Twice().eval(), x)[1], atol=1e-6)
 
 
-def test_a_tied_vote_is_not_fooled():
+def test_a_tied_vote_is_no_success():
     class Coin(nn.Module):
         "Answers 0, 1, 0, 1, ..."
 
@@ -457,10 +457,10 @@ def test_apgd_in_ball_and_box_with_every_loss(p, loss, aimed):
     assert (
         result.perturbation.flatten(1).norm(p, dim=1) <= 0.4 * (1 + 1e-5)
     ).all() and result.x_adv.abs().max() <= 1
-    assert torch.equal(result.success, result.fooled(model(result.x_adv).argmax(1)))
+    assert torch.equal(result.success, result.is_success(model(result.x_adv).argmax(1)))
 
 
-def test_apgd_spends_one_gradient_a_step_and_restarts_only_what_is_not_fooled():
+def test_apgd_spends_one_gradient_a_step_and_restarts_only_where_it_has_not_succeeded():
     model, x = elsewhere()
     result = apgd(model, x, eps=0.03, steps=7, restarts=3, bounds=(-1, 1))
     once = apgd(model, x, eps=0.03, steps=7, bounds=(-1, 1)).success
@@ -677,7 +677,7 @@ def test_zoo_asks_again_and_wants_a_margin_where_answers_are_noisy():
     ids=['pgd', 'mim'],
 )
 def test_a_point_of_infinite_logits_hides_no_success(attack, own):
-    "Far beyond the boundary log(sigmoid) is -inf; what was fooled on the way there stays fooled"
+    "Far beyond the boundary log(sigmoid) is -inf; what was misclassified on the way there stays a success"
 
     class Underflowing(nn.Module):
         def forward(self, x):
