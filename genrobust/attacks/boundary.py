@@ -22,7 +22,9 @@ def linear_step(
     grad_f: Tensor,  # `[B,C,...]`: gradients of these differences
     p: float,  # Norm, above 1; may be inf
 ) -> Tensor:  # `[B,...]`; 0 where all gradients are
-    "The step of smallest `p`-norm onto the nearest linearised boundary (Moosavi-Dezfooli et al., 2016, eqs. 8 to 12)."
+    """The step of smallest `p`-norm onto the nearest linearised boundary.
+
+    Moosavi-Dezfooli et al., 2016, equations 8 to 12."""
     q = 1.0 if p == torch.inf else p / (p - 1)
     flat = grad_f.flatten(2)
     scale = flat.abs().amax(2).clamp_min(torch.finfo(grad_f.dtype).tiny)
@@ -60,7 +62,7 @@ def deepfool_step(
 # Numbers in the gradients of one step: with what is computed from them, less than a gigabyte
 LARGEST_JACOBIAN = 2**25
 
-
+# %% ../../nbs/05_deepfool.ipynb #05-012c
 @dataclass
 class _DeepFool:
     "An algorithm from an `AttackState` to images beyond the decision boundary"
@@ -85,7 +87,7 @@ class _DeepFool:
         self.rivals = None if self.candidates is None else self.candidates - 1
 
     def advance(self, state, x, delta, i):
-        "One step of images `i` from `x`: those that were not beyond the boundary, and where they are now"
+        "One step of images `i` from `x`: where they are now, without those beyond the boundary"
         logits, f, grad_f = state.logit_differences(x, i, self.rivals)
         active = ~state.is_beyond(logits, i)
         x, i = x[active], i[active]
