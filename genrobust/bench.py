@@ -27,7 +27,7 @@ from .attacks.boundary import deepfool
 from .attacks.engine import check_counts, check_range
 from .attacks.gradient import apgd, fgsm, pgd
 from .attacks.penalty import carlini_wagner
-from .attacks.query import zoo
+from .attacks.zeroth_order import zoo
 from .attacks.result import require
 from .compat import renamed
 from .data import N_VALID, Images, load_or_synthetic
