@@ -42,6 +42,8 @@ MODULES = [
     'attacks.query',
     'detection',
     'adaptive',
+    'statistics',
+    'study',
     'results',
     'bench',
     'cli',
