@@ -324,7 +324,14 @@ def plot_robust(
     return fig
 
 # %% ../nbs/12_results.ipynb #12-017
-def _column_pair(model, by_attack, names, scale):
+def _amplified(perturbation):
+    "An image of it, grey where it is 0, and by how much it is amplified without being cut off"
+    limit = 0.5 / perturbation.abs().max().clamp_min(1e-3).item()
+    scale = max(scale for scale in (1, 2, 5, 10, 20, 50, 100, 200) if scale <= max(limit, 1))
+    return 0.5 + scale * perturbation, f'perturbation\nx {scale}'
+
+
+def _column_pair(model, by_attack, names):
     "Images and titles of one model: an image and its adversarial examples, and the perturbations"
     results = list(by_attack.values())
     n_images = min(len(r.y) for r in results)
@@ -333,31 +340,31 @@ def _column_pair(model, by_attack, names, scale):
     images = torch.stack([results[0].x[n], *(r.x_adv[n] for r in results)])
     titles = [f'{model.upper()}:\n{names[results[0].y[n]]}']
     titles += [f'{attack}:\n{names[r.y_adv[n]]}' for attack, r in by_attack.items()]
-    of_perturbations = [f'perturbation\nx {scale}', *[''] * len(results)]
-    return [(images, titles), (0.5 + scale * (images - images[:1]), of_perturbations)]
+    perturbations = [_amplified(image - images[0]) for image in images[1:]]
+    return list(zip(images, titles)), [(None, ''), *perturbations]
 
 
 def show_attacks(
     results: dict,  # Model: attack: `AttackResult`
     names: list[str],  # Of the classes
     note: str = '',  # Put above the figure
-    scale: int = 3,  # By which perturbations are amplified
 ) -> "'matplotlib.figure.Figure'":
     """For each model, two columns: the first image on which most attacks succeeded and its
-    adversarial examples, and beside these the perturbations (grey: none)."""
+    adversarial examples, and beside each its perturbation, amplified (grey: none)."""
     from matplotlib.figure import Figure  # needs no screen and no backend
 
-    pairs = [_column_pair(model, of, names, scale) for model, of in results.items()]
+    pairs = [_column_pair(model, of, names) for model, of in results.items()]
     columns = [column for pair in pairs for column in pair]
-    rows = max(len(images) for images, _ in columns)
+    rows = max(map(len, columns))
     fig = Figure(figsize=(1.3 * len(columns), 1.6 * rows), layout='constrained')
     axes = fig.subplots(rows, len(columns), squeeze=False)
     for ax in axes.flat:
         ax.axis('off')
-    for column, (images, titles) in zip(axes.T, columns):
-        for ax, image, title in zip(column, images, titles):
-            ax.imshow(image[0].cpu().numpy(), cmap='gray', vmin=0, vmax=1)
-            ax.set_title(title, fontsize=8, parse_math=False)
+    for column, shown in zip(axes.T, columns):
+        for ax, (image, title) in zip(column, shown):
+            if image is not None:
+                ax.imshow(image[0].cpu().numpy(), cmap='gray', vmin=0, vmax=1)
+                ax.set_title(title, fontsize=8, parse_math=False)
     fig.suptitle(note)
     return fig
 
