@@ -73,7 +73,7 @@ def _check_detectors(rows, folders):
             'measure them with the same numbers of training and validation images'
         )
 
-
+# %% ../nbs/12_results.ipynb #12-021ra
 def read_study(
     name: str,  # 'images', 'clean', 'detectors' or 'seconds'
     *folders: str | Path,  # Written by `reproduce`
@@ -208,7 +208,7 @@ class _Attacked(NamedTuple):
             return '-'
         return _rate(pd.Series(roc.adversarial > roc.threshold))
 
-
+# %% ../nbs/12_results.ipynb #12-021ta
 def _measured(images, clean, detectors, seconds):
     "All attacks on all models"
     for (model, attack), spent in seconds.groupby(['model', 'attack'], sort=False):
@@ -245,7 +245,7 @@ def _accuracies(clean):
         for model, of in clean[clean.attack == 'clean'].groupby('model', sort=False)
     ]
 
-
+# %% ../nbs/12_results.ipynb #12-021va
 def tables(
     *folders: str | Path,  # Written by `reproduce`, one or more; of several as `read_study` has it
     models: list | None = None,  # Names; default: all that were measured
@@ -301,7 +301,7 @@ def robust_accuracy(
         {model: (smallest_perturbation(of, norm)['size'] > eps).mean() for model, of in by_model}
     )
 
-
+# %% ../nbs/12_results.ipynb #12-033a
 def plot_robust(
     images: "'pd.DataFrame'",  # `images.csv` of a study
 ) -> "'plt.Figure'":
@@ -343,7 +343,7 @@ def _column_pair(model, by_attack, names):
     perturbations = [_amplified(image - images[0]) for image in images[1:]]
     return list(zip(images, titles)), [(None, ''), *perturbations]
 
-
+# %% ../nbs/12_results.ipynb #12-017a
 def show_attacks(
     results: dict,  # Model: attack: `AttackResult`
     names: list[str],  # Of the classes

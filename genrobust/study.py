@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+# %% ../nbs/25_study.ipynb #25-005a
 from genrobust.attacks import (
     AttackResult,
     apgd,
@@ -104,7 +105,7 @@ N_DIGITS = 200  # Handwritten digits: images out of distribution, put before the
 _SCORED = 'share', 'majority', 'worst'
 _ATTACKED = 'x_adv', 'y', 'y_adv', 'success', 'initially_wrong', 'forwards', 'backwards', *_SCORED
 
-
+# %% ../nbs/25_study.ipynb #25-016a
 class Stage(NamedTuple):
     "A piece of a study: images `first` to `last` (excluded), classified or attacked."
 
@@ -295,7 +296,7 @@ def _timing(stage, tensors, about):
     row = dict(model=stage.model, attack=stage.what, on=about.get('on', 'unknown'))
     return dict(row, seconds=about['seconds'], n=(~tensors['initially_wrong']).sum().item())
 
-
+# %% ../nbs/25_study.ipynb #25-025a
 def _collect(study, say):
     "Rows of images, of detectors and of times, as lists, and the seconds spent on all"
     import pandas as pd
@@ -316,7 +317,7 @@ def _collect(study, say):
         spent += sum(about['spent'] for _, about in mine.values())
     return images, known, times, spent
 
-
+# %% ../nbs/25_study.ipynb #25-025b
 def _write(study, say):
     "Write what the stages hold as CSV files, and the settings"
     import pandas as pd
@@ -356,7 +357,7 @@ def _stem(model):
     stem = os.fsencode(Path(model).stem).decode(errors='replace')
     return stem if Path(model).suffix == '.safetensors' else stem.lower()
 
-
+# %% ../nbs/25_study.ipynb #25-031a
 def _named(models, load):
     """The models that `load` gives, those of the same weights once, by the names that tables show:
     of a file its stem, with the start of a digest where another model is called so"""
@@ -450,7 +451,7 @@ def _sizes(preset):
         )
     return name, preset
 
-
+# %% ../nbs/25_study.ipynb #25-028a
 def _chosen(attacks, name, preset):
     "Names of attacks; a `ValueError` for those that the preset has no images for"
     if attacks is None:
@@ -482,7 +483,7 @@ def _folder(out):
             raise OSError(f'cannot write {folder / name}: it is a folder')
     return folder
 
-
+# %% ../nbs/25_study.ipynb #25-028b
 def _data(data, root, preset, attacks, say):
     "Name and images of the data set; a `ValueError` if there are too few"
     if data not in ('fashion_mnist', 'synthetic'):
