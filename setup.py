@@ -10,7 +10,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=open('README.md', encoding='utf-8').read(), long_description_content_type='text/markdown',
-    packages=find_namespace_packages(include=['genrobust*']), package_data={'genrobust.pretrained': ['*.safetensors']},
+    packages=find_namespace_packages(include=['genrobust*']), package_data={'genrobust': ['py.typed'], 'genrobust.pretrained': ['*.safetensors']},
     python_requires=f">={cfg['min_python']}", install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'bench')},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},

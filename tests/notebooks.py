@@ -52,7 +52,9 @@ def readme():
     text, resources = MarkdownExporter().from_notebook_node(
         nb, dict(output_files_dir='results/readme', unique_key='figure')
     )
-    text = re.sub(r'\]\((\w+\.ipynb)\)', r'](nbs/\1)', text)  # pages of the site are files in nbs/
+    text = re.sub(
+        r'\]\((\w+\.ipynb)(#\w+)?\)', r'](nbs/\1\2)', text
+    )  # pages of the site are files in nbs/
     for alt in alts:
         text = text.replace('![png]', f'![{alt}]', 1)
     text = (

@@ -29,12 +29,12 @@ def x(splits):
 
 
 @pytest.fixture(scope='module')
-def guards(model, splits):
+def detectors(model, splits):
     return fit_detectors(model, splits.train, splits.valid)
 
 
 def ready(clf):
-    "A detector that lets everything pass"
+    "A detector that accepts everything"
     detector = KLDetector(clf)
     detector.statistics, detector.threshold = (
         dict(usual=torch.full((10, 10), 0.1), mean=torch.zeros(10), std=torch.ones(10)),
@@ -88,10 +88,10 @@ def test_averages_stay_finite_where_probabilities_are_0_and_1():
         ),
         (
             lambda clf: FactorGradient(clf.fixed(1), 'xq'),
-            dict(seed=1, n_samples=2, draws=1, through='xq'),
+            dict(seed=1, n_samples=2, draws=1, factors='xq'),
         ),
     ],
-    ids=['probabilities', 'losses', 'through'],
+    ids=['probabilities', 'losses', 'factors'],
 )
 def test_a_view_is_attacked_like_any_model(make, noise, x, tmp_path):
     "The same alone as in a batch (in float64, where no sign hangs on rounding), one gradient a step, and the record says what was attacked"
@@ -121,7 +121,7 @@ def test_gradients_through_the_factors_add_up(name, x):
 
 
 @pytest.mark.parametrize('kind', DETECTORS)
-def test_a_guarded_model_answers_what_its_detector_does(kind, model, guards, splits):
+def test_the_augmented_model_answers_what_its_detector_does(kind, model, detectors, splits):
     "On clean images, noisy ones and noise alone"
     images = torch.cat(
         [
@@ -130,16 +130,16 @@ def test_a_guarded_model_answers_what_its_detector_does(kind, model, guards, spl
             torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0)),
         ]
     )
-    answer = DetectorAugmented(model, guards[kind])(images).argmax(1)
-    assert torch.equal(answer.where(answer < 10, REJECTED), guards[kind](images))
-    assert {REJECTED} < set(guards[kind](images).tolist())
+    answer = DetectorAugmented(model, detectors[kind])(images).argmax(1)
+    assert torch.equal(answer.where(answer < 10, REJECTED), detectors[kind](images))
+    assert {REJECTED} < set(detectors[kind](images).tolist())
 
 
-def test_the_gradient_leads_back_to_what_is_violated_alone(model, guards, splits):
-    "To the score where the class leads, to the lead where it would pass, to both where neither holds"
-    detector, images = guards['logit'], splits.test.x[:300]
+def test_the_gradient_leads_back_to_what_is_violated_alone(model, detectors, splits):
+    "To the score where the margin is positive, to the margin where the slack is, to both where neither is"
+    detector, images = detectors['logit'], splits.test.x[:300]
     logits = model(images)
-    guard, slack, lead = (
+    view, slack, lead = (
         DetectorAugmented(model, detector),
         detector.slack(logits),
         logits - logits.amax(1, keepdim=True),
@@ -154,23 +154,23 @@ def test_the_gradient_leads_back_to_what_is_violated_alone(model, guards, splits
                 gradient(model, x, c) - gradient(model, x, logits[n].argmax().item()),
             )
             assert torch.allclose(
-                gradient(guard, x, c), to_pass * (not passes) + to_lead * (not leads), atol=1e-4
+                gradient(view, x, c), to_pass * (not passes) + to_lead * (not leads), atol=1e-4
             )
 
 
-def test_slack_is_below_zero_where_a_class_would_be_turned_away(model, guards, splits):
-    for detector in guards.values():
+def test_slack_is_below_zero_where_a_class_would_be_rejected(model, detectors, splits):
+    for detector in detectors.values():
         logits = model(splits.test.x[:50])
         label = torch.arange(50) % 10
         slack = detector.slack(logits).gather(1, label[:, None]).squeeze(1)
         assert torch.equal(slack < 0, detector.judge(logits, label) > detector.threshold)
         assert torch.allclose(detector.judge(logits, logits.argmax(1)), detector.judge(logits))
     expected = (
-        guards['logit'].sign
-        * (logits[range(50), label] - guards['logit'].statistics['mean'][label])
-        / guards['logit'].statistics['std'][label]
+        detectors['logit'].sign
+        * (logits[range(50), label] - detectors['logit'].statistics['mean'][label])
+        / detectors['logit'].statistics['std'][label]
     )
-    assert torch.allclose(guards['logit'].judge(logits, label), expected)
+    assert torch.allclose(detectors['logit'].judge(logits, label), expected)
     with pytest.raises(ValueError, match='call calibrate first'):
         LogitDetector(model).fit(splits.train).slack(logits)
 
@@ -185,36 +185,36 @@ def test_slack_is_below_zero_where_a_class_would_be_turned_away(model, guards, s
     ids=['apgd', 'deepfool', 'carlini_wagner'],
 )
 @pytest.mark.parametrize('kind', DETECTORS)
-def test_successes_are_let_through_as_their_target(kind, attack, model, guards, splits):
+def test_successes_are_accepted_as_their_target(kind, attack, model, detectors, splits):
     x, y = splits.test.x[:10], model(splits.test.x[:10]).argmax(1)
-    result = attack_with_detector(attack, model, guards[kind], x, y)
+    result = attack_with_detector(attack, model, detectors[kind], x, y)
     assert result.success.sum() >= 3
-    assert torch.equal(guards[kind](result.x_adv[result.success]), result.target[result.success])
-    assert torch.equal(result.initially_wrong, guards[kind](x) != y)
+    assert torch.equal(detectors[kind](result.x_adv[result.success]), result.target[result.success])
+    assert torch.equal(result.initially_wrong, detectors[kind](x) != y)
     assert torch.equal(
         result.target,
-        DetectorAugmented(model, guards[kind])(x)[:, :10]
+        DetectorAugmented(model, detectors[kind])(x)[:, :10]
         .scatter(1, y[:, None], -torch.inf)
         .argmax(1),
     )
     assert set(result.y_adv.tolist()) <= {REJECTED, *range(10)}
-    share = evasion_rate(result, guards[kind], draws=2)
+    share = evasion_rate(result, detectors[kind], draws=2)
     assert (share[result.success] == 1).all() and share[result.initially_wrong].isnan().all()
 
 
-def test_who_knows_the_detector_slips_past_it_more_often(model, guards, splits):
+def test_who_knows_the_detector_evades_it_more_often(model, detectors, splits):
     x, y = splits.test.x[:40], splits.test.y[:40]
     unaware, aware = (
         apgd(model, x, y, eps=0.5, steps=20),
-        attack_with_detector(apgd, model, guards['logit'], x, y, eps=0.5, steps=20),
+        attack_with_detector(apgd, model, detectors['logit'], x, y, eps=0.5, steps=20),
     )
     assert (
-        evasion_rate(aware, guards['logit'], draws=1).nanmean()
-        > evasion_rate(unaware, guards['logit'], draws=1).nanmean() + 0.2
+        evasion_rate(aware, detectors['logit'], draws=1).nanmean()
+        > evasion_rate(unaware, detectors['logit'], draws=1).nanmean() + 0.2
     )
 
 
-def test_a_model_that_draws_noise_is_attacked_on_noise_of_its_own_seed(x):
+def test_a_stochastic_model_is_attacked_on_latents_of_the_given_seed(x):
     clf = small()
     detector = ready(clf)
     y = clf.fixed(3)(x).argmax(1)
@@ -261,42 +261,45 @@ def test_every_draw_is_a_new_one_and_none_is_the_attacks(splits):
     )
 
 
-def test_bad_input_is_one_clear_error(model, guards, splits, x):
+def test_bad_input_is_one_clear_error(model, detectors, splits, x):
     clf, y = small(), splits.test.y[:6]
     for act, message in [
         (
             lambda: Averaged(clf, 3, 'means'),
             'of must be one of losses, probabilities, samples, logits',
         ),
-        (lambda: DetectorAugmented(clf.fresh(), guards['kl']), 'draws noise at every call'),
+        (lambda: DetectorAugmented(clf.fresh(), detectors['kl']), 'is stochastic'),
         (lambda: FactorGradient(small('DFX').fixed(0), 'x'), 'DFX has no others'),
         (lambda: FactorGradient(small('GFY').fixed(0), 'xy'), 'GFY has no others'),
-        (lambda: DetectorAugmented(CNN().eval(), guards['kl']), 'another network'),
+        (lambda: DetectorAugmented(CNN().eval(), detectors['kl']), 'another network'),
         (lambda: DetectorAugmented(Averaged(clf, 2), ready(clf)), 'log-densities'),
         (
-            lambda: attack_with_detector(apgd, model, guards['kl'], x, y, target=10),
+            lambda: attack_with_detector(apgd, model, detectors['kl'], x, y, target=10),
             'target must lie',
         ),
-        (lambda: attack_with_detector(apgd, model, guards['kl'], x, y + 9), 'y must lie'),
-        (lambda: attack_with_detector(apgd, model, guards['kl'], x, None), 'y must be integers'),
-        (lambda: Averaged(CNN().eval(), 3), 'expected a BayesClassifier'),
-        (lambda: Averaged(clf.fixed(0), 3), 'expected a BayesClassifier'),
+        (lambda: attack_with_detector(apgd, model, detectors['kl'], x, y + 9), 'y must lie'),
+        (lambda: attack_with_detector(apgd, model, detectors['kl'], x, None), 'y must be integers'),
+        (lambda: Averaged(CNN().eval(), 3), 'expected a stochastic BayesClassifier'),
+        (lambda: Averaged(clf.fixed(0), 3), 'expected a stochastic BayesClassifier'),
         (lambda: Averaged(clf, 0), 'draws'),
-        (lambda: FactorGradient(clf, 'x'), 'draws noise at every call'),
+        (lambda: FactorGradient(clf, 'x'), 'is stochastic'),
         (lambda: FactorGradient(model, 'x'), 'expected clf.fixed'),
         (lambda: FactorGradient(clf.fixed(0), ''), 'factors must be some of'),
         (lambda: FactorGradient(clf.fixed(0), 'xw'), "found 'xw'"),
         (lambda: FactorGradient(clf.fixed(0), 3), 'factors must be'),
-        (lambda: DetectorAugmented(clf, guards['logit']), 'draws noise at every call'),
+        (lambda: DetectorAugmented(clf, detectors['logit']), 'is stochastic'),
         (lambda: DetectorAugmented(model, LogitDetector(model)), 'fitted and calibrated'),
         (lambda: DetectorAugmented(model, model), 'fitted and calibrated'),
         (
             lambda: attack_with_detector(apgd, model, LogitDetector(model).fit(splits.train), x, y),
             'fitted and calibrated',
         ),
-        (lambda: attack_with_detector(apgd, model, guards['kl'], x, y[:3]), 'y must be integers'),
-        (lambda: evasion_rate(apgd(model, x, eps=0.1, steps=1), guards['kl'], draws=0), 'draws'),
-        (lambda: evasion_rate(x, guards['kl']), 'expected an AttackResult'),
+        (
+            lambda: attack_with_detector(apgd, model, detectors['kl'], x, y[:3]),
+            'y must be integers',
+        ),
+        (lambda: evasion_rate(apgd(model, x, eps=0.1, steps=1), detectors['kl'], draws=0), 'draws'),
+        (lambda: evasion_rate(x, detectors['kl']), 'expected an AttackResult'),
     ]:
         with pytest.raises(ValueError, match=message):
             act()

@@ -254,7 +254,7 @@ def test_a_download_ends_whatever_a_mirror_does(answer, impatient, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_the_stand_in_comes_when_no_mirror_answers(impatient, tmp_path, monkeypatch):
+def test_synthetic_images_come_when_no_mirror_answers(impatient, tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.FashionMNIST, 'mirrors', [serve(silent)])
     said = []
     assert (

@@ -18,8 +18,8 @@ from genrobust.detection import (
     KLDetector,
     LogitDetector,
     MarginalDetector,
-    _share,
-    _threshold,
+    conformal_rank,
+    conformal_threshold,
     detect,
     detected,
     evaded,
@@ -43,7 +43,7 @@ def first(part, n):
 
 
 class Prototypes(Classifier):
-    "A Gaussian around the mean image of each class, in noise of its own where `noise` is not 0"
+    "A Gaussian around the mean image of each class, stochastic where `noise` is not 0"
 
     def __init__(self, images, noise=0.0):
         super().__init__('prototypes', 10)
@@ -139,12 +139,12 @@ def test_learning_anew_forgets_the_threshold(model, splits):
         detector.fit(splits.train).rejects(splits.test.x)
 
 
-def test_prediction_and_score_share_their_noise(noisy, splits):
+def test_prediction_and_score_share_their_draw(noisy, splits):
     "One call of the model for both, and for the label that comes of them"
     detector = LogitDetector(noisy).fit(splits.train).calibrate(splits.valid)
     seen = []
     noisy.register_forward_hook(lambda module, args, logits: seen.append(logits))
-    prediction, score = detector.look(splits.test.x, batch_size=500)
+    prediction, score = detector.predict_and_score(splits.test.x, batch_size=500)
     assert (
         len(seen) == 1
         and torch.equal(prediction, seen[0].argmax(1))
@@ -160,6 +160,14 @@ def test_prediction_and_score_share_their_noise(noisy, splits):
         and (labels != REJECTED).any()
     )
     noisy._forward_hooks.clear()
+
+
+def test_the_old_name_warns_and_works(model, splits):
+    detector = LogitDetector(model).fit(splits.train)
+    with pytest.warns(DeprecationWarning, match='predict_and_score'):
+        prediction, score = detector.look(splits.test.x)
+    assert torch.equal(prediction, detector.predict_and_score(splits.test.x)[0])
+    assert torch.equal(score, detector.score(splits.test.x))
 
 
 def test_scores_are_differentiable_for_those_who_attack_the_detector(model, splits):
@@ -348,7 +356,7 @@ def test_intervals_of_all_and_nothing_are_not_points():
         and 0.8 < perfect.rate_interval[0] < 1
         and perfect.false_positives == 0.04
     )
-    assert math.isnan(roc([1.0, 2.0], [3.0]).area_interval[0]) and '1 adversarial' in repr(
+    assert math.isnan(roc([1.0, 2.0], [3.0]).area_interval[0]) and '1 adversarial example' in repr(
         roc([1.0, 2.0], [3.0])
     )
     assert roc(range(100), range(100, 130)).to_frame()[['fpr', 'tpr']].iloc[
@@ -371,24 +379,21 @@ def test_a_rate_that_n_images_allow_is_not_refused_by_rounding():
         ):
             if n * rate < 1:
                 continue
-            assert math.floor(_share(float(rate), n) * (n + 1)) == math.floor(rate * (n + 1)), (
-                n,
-                rate,
-            )
+            assert conformal_rank(n, float(rate)) == math.floor(rate * (n + 1)), (n, rate)
         with pytest.raises(ValueError, match=f'at least {n} clean images, found {n - 1}'):
-            _share(1 / n, n - 1)
+            conformal_rank(n - 1, 1 / n)
 
 
 @pytest.mark.parametrize(
     'fpr', [1e-12, 5e-324, 1 - 1e-12, math.nextafter(1, 0), np.float32(0.05), Fraction(1, 3)]
 )
 def test_extreme_rates_are_ranks_too(fpr):
-    assert 0 < _share(fpr) < 1
     if fpr > 0.01:
-        assert 1 <= _threshold(torch.arange(100.0), fpr) + 1 <= 100
+        assert 1 <= conformal_rank(100, fpr) <= 100
+        assert 1 <= conformal_threshold(torch.arange(100.0), fpr) + 1 <= 100
     else:
         with pytest.raises(ValueError, match=r'at least \d+ clean'):
-            _share(fpr, 10**6)
+            conformal_rank(10**6, fpr)
 
 
 def test_a_share_of_clean_scores_is_not_rounded():
