@@ -16,7 +16,7 @@ import pytest
 import torch
 from fastcore.docments import docments
 
-from genrobust import attacks, cli, data, results
+from genrobust import attacks, cli, data, study
 from genrobust.attacks import AttackResult, random_noise
 from genrobust.data import Images
 from genrobust.models import CNN, BayesClassifier, digest, load_tensors, save_model, save_tensors
@@ -196,7 +196,7 @@ def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, mon
         device='cpu',
         progress=False,
     )
-    monkeypatch.setattr(results, '_stand_in', lambda *_: clf.requires_grad_(False))
+    monkeypatch.setattr(study, '_train_briefly', lambda *_: clf.requires_grad_(False))
     said = []
     folder = reproduce(
         Preset(train=500, valid=60, test=30, attacked=4, seeds=2, draws=2),

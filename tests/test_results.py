@@ -17,7 +17,8 @@ import pandas as pd
 import pytest
 import torch
 
-from genrobust import results
+import genrobust.statistics
+from genrobust import results, study
 from genrobust.attacks import apgd, one_vs_all
 from genrobust.data import Images, Splits
 from genrobust.models import CNN, load_pretrained, load_tensors, save_model, save_tensors
@@ -35,16 +36,17 @@ from genrobust.results import (
     tables,
     wilson,
 )
+from genrobust.study import FILES, Stage
 
 TINY = Preset(train=60, valid=40, test=20, attacked=4, seeds=2, draws=1)
 
 
-class Study:
+class Recorder:
     "Runs a tiny study, and remembers what was said and which stages were measured"
 
     def __init__(self, monkeypatch, drawn):
         parts = [Images(*[v[a:b] for v in drawn.test]) for a, b in ((0, 60), (60, 100), (100, 120))]
-        measure = results.measure
+        measure = Stage.measure
 
         def remembered(stage, *args):
             self.measured.append(stage)
@@ -52,8 +54,8 @@ class Study:
             return measure(stage, *args)
 
         splits = 'fashion_mnist', Splits(*parts)
-        monkeypatch.setattr(results, 'load_or_synthetic', lambda *_: splits)
-        monkeypatch.setattr(results, 'measure', remembered)
+        monkeypatch.setattr(study, 'load_or_synthetic', lambda *_: splits)
+        monkeypatch.setattr(Stage, 'measure', remembered)
 
     def __call__(self, out, models=('cnn',), attacks=('FGS',), preset=TINY):
         self.measured, self.said = [], []
@@ -61,8 +63,8 @@ class Study:
 
 
 @pytest.fixture
-def study(monkeypatch, drawn):
-    return Study(monkeypatch, drawn)
+def run(monkeypatch, drawn):
+    return Recorder(monkeypatch, drawn)
 
 
 def weights(path, seed):
@@ -75,29 +77,29 @@ def models_in(folder):
     return list(dict.fromkeys(read_study('images', folder).model))
 
 
-def test_a_model_is_known_by_its_weights_however_its_path_is_spelled(study, tmp_path, monkeypatch):
+def test_a_model_is_known_by_its_weights_however_its_path_is_spelled(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = weights(tmp_path / 'm.safetensors', 0)
-    study('out', ['m.safetensors'])
-    assert len(study.measured) == 6
+    run('out', ['m.safetensors'])
+    assert len(run.measured) == 6
     shutil.copy(path, 'copy.safetensors')
     for spelling in ('./m.safetensors', path, 'copy.safetensors'):
-        study('out', [spelling])
-        assert not study.measured, spelling
+        run('out', [spelling])
+        assert not run.measured, spelling
     assert models_in('out') == ['copy']
     (tmp_path / 'elsewhere').mkdir()
     monkeypatch.chdir(tmp_path / 'elsewhere')
-    study('../out', ['../m.safetensors', str(path), path])
-    assert not study.measured and models_in('../out') == ['m']
+    run('../out', ['../m.safetensors', str(path), path])
+    assert not run.measured and models_in('../out') == ['m']
     weights(path, 1)
-    study('../out', [path])
-    assert len(study.measured) == 6
+    run('../out', [path])
+    assert len(run.measured) == 6
 
 
-def test_different_files_have_different_names_in_tables(study, tmp_path):
+def test_different_files_have_different_names_in_tables(run, tmp_path):
     paths = [weights(tmp_path / folder / 'M.safetensors', n) for n, folder in enumerate('ab')]
     shipped = weights(tmp_path / 'cnn.safetensors', 2)
-    study(tmp_path / 'out', [*paths, shipped, 'cnn', 'CNN'])
+    run(tmp_path / 'out', [*paths, shipped, 'cnn', 'CNN'])
     names = models_in(tmp_path / 'out')
     assert len(names) == 4 and names[-1] == 'cnn', names
     for name, prefix in zip(names, ('M', 'M', 'cnn')):
@@ -118,8 +120,8 @@ STEMS = 'a|b', 'a`b', 'a\\', 'a\\|b', 'a\nb', '007', 'NA', 'nan', '$a$b$', 'a b'
 
 
 @pytest.mark.parametrize('stem', STEMS)
-def test_any_name_of_a_file_goes_through_the_tables(study, tmp_path, stem):
-    folder = study(tmp_path / 'out', [weights(tmp_path / f'{stem}.safetensors', 0)])
+def test_any_name_of_a_file_goes_through_the_tables(run, tmp_path, stem):
+    folder = run(tmp_path / 'out', [weights(tmp_path / f'{stem}.safetensors', 0)])
     shown = ' '.join(stem.upper().splitlines())
     rows = rows_of((folder / 'tables.md').read_text(encoding='utf-8'))
     heads, cells = rows[::2], rows[1::2]
@@ -131,7 +133,7 @@ def test_any_name_of_a_file_goes_through_the_tables(study, tmp_path, stem):
 def test_a_name_that_is_not_utf_8_is_shown_as_text_that_is():
     seeds = iter(range(2))
     models = ['b\udcff.safetensors', 'b\udcfe.safetensors']
-    names = results._named(models, lambda model: CNN(seed=next(seeds)))
+    names = study._named(models, lambda model: CNN(seed=next(seeds)))
     assert len(names) == 2 and all(name.encode() for name in names)
 
 
@@ -180,42 +182,51 @@ DAMAGE = dict(
 
 
 @pytest.mark.parametrize('damage', DAMAGE.values(), ids=DAMAGE)
-def test_damaged_stages_are_found_first_said_and_measured_again(study, tmp_path, damage):
+def test_damaged_stages_are_found_first_said_and_measured_again(run, tmp_path, damage):
     "Here the last two stages in order, one of them an attack, while the first is missing"
-    folder = study(tmp_path / 'out')
+    folder = run(tmp_path / 'out')
     expected = (folder / 'images.csv').read_text()
-    first, *_, last = study.measured
+    first, *_, last = run.measured
     files = {
         stage: next((folder / 'stages').glob(f'*-{stage.what.lower()}-{stage.first}-*'))
-        for stage in study.measured
+        for stage in run.measured
     }
-    other = study.measured[-2]
+    other = run.measured[-2]
     files[first].unlink()
     kept = files[other].read_bytes()
     damage(files[last], files[other])
-    study(folder)
-    assert set(study.measured) == {first, last} and files[other].read_bytes() == kept
-    at = [n for n, line in enumerate(study.said) if files[last].name in line]
-    assert at and at[0] < study.said.index('measuring'), study.said
+    run(folder)
+    assert set(run.measured) == {first, last} and files[other].read_bytes() == kept
+    at = [n for n, line in enumerate(run.said) if files[last].name in line]
+    assert at and at[0] < run.said.index('measuring'), run.said
     assert (folder / 'images.csv').read_text() == expected
-    study(folder)
-    assert not study.measured
+    run(folder)
+    assert not run.measured
 
 
-def test_settings_that_are_a_list_are_measured_again(study, tmp_path, monkeypatch):
-    folder = study(tmp_path / 'out')
-    monkeypatch.setattr(results, 'load_tensors', lambda _: ({}, ['a', 'list']))
-    assert not results._is_done(next((folder / 'stages').iterdir()), {}, study.said.append)
-    assert 'measuring a stage again' in study.said[-1]
+def test_settings_that_are_a_list_are_measured_again(run, tmp_path, monkeypatch):
+    run(tmp_path / 'out')
+    load_tensors = study.load_tensors
+    bad = run.measured[-1]
+
+    def as_list(file):
+        tensors, about = load_tensors(file)
+        return tensors, ['a', 'list'] if bad.what.lower() in file.name else about
+
+    monkeypatch.setattr(study, 'load_tensors', as_list)
+    with pytest.raises(ValueError, match='another stage'):
+        run(tmp_path / 'out')
+    assert bad in run.measured and any('measuring a stage again' in line for line in run.said)
 
 
 def test_a_backend_that_is_not_there_costs_neither_tables_nor_figure(tmp_path):
     code = f"""
-from genrobust import results
+import genrobust.statistics
+from genrobust import results, study
 from genrobust.data import Images, Splits, synthetic
 x, y = synthetic(120)
 splits = Splits(*[Images(x[a:b], y[a:b]) for a, b in ((0, 60), (60, 100), (100, 120))])
-results.load_or_synthetic = lambda *_: ('fashion_mnist', splits)
+study.load_or_synthetic = lambda *_: ('fashion_mnist', splits)
 preset = results.Preset(60, 40, 20, 4, seeds=1, draws=1)
 results.reproduce(preset, {str(tmp_path)!r}, ['cnn'], ['FGS'], device='cpu')"""
     env = dict(os.environ, MPLBACKEND='module://not_here.backend_inline', OMP_NUM_THREADS='1')
@@ -232,20 +243,20 @@ def blocked(tmp_path, kind):
     if kind == 'below a file':
         out.touch()
         return out / 'deeper'
-    if kind in ('stages', *results._FILES):
+    if kind in ('stages', *FILES):
         out.mkdir()
         (out / kind).touch() if kind == 'stages' else (out / kind).mkdir()
     return out
 
 
-KINDS = 'not UTF-8', 'a file', 'below a file', 'stages', *results._FILES
+KINDS = 'not UTF-8', 'a file', 'below a file', 'stages', *FILES
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_folder_that_cannot_be_written_is_one_error_before_any_work(study, tmp_path, kind):
+def test_a_folder_that_cannot_be_written_is_one_error_before_any_work(run, tmp_path, kind):
     with pytest.raises(OSError) as error:
-        study(blocked(tmp_path, kind))
-    assert not study.measured and str(error.value).startswith('cannot write')
+        run(blocked(tmp_path, kind))
+    assert not run.measured and str(error.value).startswith('cannot write')
     assert str(error.value).isprintable()
 
 
@@ -271,16 +282,16 @@ NO_STUDY = [
 
 
 @pytest.mark.parametrize('given, message', NO_STUDY)
-def test_arguments_that_make_no_study_are_one_error(study, tmp_path, given, message):
+def test_arguments_that_make_no_study_are_one_error(run, tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
-        study(tmp_path / 'out', **given)
-    assert not study.measured and not (tmp_path / 'out').exists()
+        run(tmp_path / 'out', **given)
+    assert not run.measured and not (tmp_path / 'out').exists()
 
 
-def test_names_are_taken_from_whatever_lists_them(study, tmp_path):
+def test_names_are_taken_from_whatever_lists_them(run, tmp_path):
     preset = TINY._replace(train=torch.tensor([60]).numpy()[0])
-    study(tmp_path / 'out', (name for name in ['cnn', 'CNN']), {'FGS': 1}, preset)
-    assert {stage.model for stage in study.measured} == {'cnn'}
+    run(tmp_path / 'out', (name for name in ['cnn', 'CNN']), {'FGS': 1}, preset)
+    assert {stage.model for stage in run.measured} == {'cnn'}
 
 
 @pytest.mark.parametrize('k, n', [(-1, 5), (6, 5), (math.nan, 5), (0, -1), (1, 0), (1, math.nan)])
@@ -298,7 +309,8 @@ def test_without_images_nothing_is_known():
 
 def test_importing_the_study_imports_no_library_of_plots_or_tables():
     "Of its own: libraries that take long to import are imported where they are used"
-    body = ast.parse(Path(results.__file__).read_text(encoding='utf-8')).body
+    files = [Path(module.__file__) for module in (genrobust.statistics, study, results)]
+    body = [node for file in files for node in ast.parse(file.read_text(encoding='utf-8')).body]
     names = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in body if isinstance(node, ast.ImportFrom) and not node.level]
     slow = 'pandas', 'scipy', 'seaborn', 'matplotlib', 'sklearn', 'torchvision'
@@ -342,18 +354,19 @@ def test_one_name_for_two_models_is_an_error(tmp_path):
         tables(*folders)
 
 
-def test_strong_attacks_are_asked_for_and_known_by_all_parameters(study, tmp_path, monkeypatch):
+def test_strong_attacks_are_asked_for_and_known_by_all_parameters(run, tmp_path, monkeypatch):
     assert len(STRONG) == 12 and STRONG.keys() <= ATTACKS.keys()
-    assert not STRONG.keys() & set(results._chosen(None, 'standard', PRESETS['standard']))
-    settings = [results._parameters(attack) for attack in STRONG.values()]
-    assert len(set(settings)) == 12
+    assert not STRONG.keys() & set(study._chosen(None, 'standard', PRESETS['standard']))
+    clf = CNN(hidden=20)
+    stages = [Stage('cnn', attack, 0, 4) for attack in STRONG]
+    assert len({stage.settings('synthetic', clf, 1)['attack'] for stage in stages}) == 12
     name = 'Targeted APGD, L2 1'
-    study(tmp_path / 'out', attacks=[name], preset=TINY._replace(apgd=4))
-    assert [stage.what for stage in study.measured][-2:] == [name] * 2
+    run(tmp_path / 'out', attacks=[name], preset=TINY._replace(apgd=4))
+    assert [stage.what for stage in run.measured][-2:] == [name] * 2
     other = partial(one_vs_all, apgd, steps=3, loss='dlr', p=2, eps=1)
-    monkeypatch.setitem(results.ATTACKS, name, other)
-    study(tmp_path / 'out', attacks=[name], preset=TINY._replace(apgd=4))
-    assert [stage.what for stage in study.measured] == [name] * 2
+    monkeypatch.setitem(ATTACKS, name, other)
+    run(tmp_path / 'out', attacks=[name], preset=TINY._replace(apgd=4))
+    assert [stage.what for stage in run.measured] == [name] * 2
 
 
 def test_targeted_attacks_of_the_study_are_those_of_the_library(drawn):
