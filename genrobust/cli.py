@@ -167,7 +167,7 @@ def _fit_one(args, splits, clf, out, checkpoint, how):
         f'{scores["test_accuracy"]:.4f} (test, {len(splits.test.y)} images)'
     )
 
-
+# %% ../nbs/27_cli.ipynb #27-011es1
 def _train(args):
     if not args.all and not args.model:
         raise ValueError('name the models to train, or give --all')
@@ -193,7 +193,7 @@ def _train(args):
 # %% ../nbs/27_cli.ipynb #27-011f
 _MAX_SEED = 2**63 // 100_000 - 1  # `fit` counts epochs from 100,000 times the seed
 
-
+# %% ../nbs/27_cli.ipynb #27-011fs1
 def _add_train(commands, common):
     about = 'train models, or go on where they stopped'
     torchrun = 'Under torchrun --no-python every process takes its share of them.'
@@ -386,7 +386,7 @@ def _add_attack(commands, common):
         group = attack.add_argument_group(f'parameters of {name}')
         _options(group, f, without=('allow_training', 'progress'))
 
-
+# %% ../nbs/27_cli.ipynb #27-016ds1
 def _weights():
     return f'{", ".join(pretrained_names())}, or the path of a .safetensors file'
 
