@@ -394,15 +394,18 @@ def _weights():
 def _check_made_with(result, clf, args):
     "Raise a `ValueError` unless the result says that it is of this model and these data"
     made = result.settings
-    is_same = dict(model=made.get('model', args.model) == args.model)
+    is_same = dict(
+        model=made.get('model', args.model) == args.model,
+        data=made.get('data', args.data) == args.data,
+    )
     if 'weights' in made:
         is_same['model'] = made['weights'] == digest(clf.state_dict())
-    is_same['data'] = made.get('data', args.data) == args.data
-    for name in [name for name, same in is_same.items() if not same]:
-        raise ValueError(
-            f'{args.result} was made with --{name} {made.get(name)}, '
-            f'not with this {getattr(args, name)}: give what it was made with'
-        )
+    for name, same in is_same.items():
+        if not same:
+            raise ValueError(
+                f'{args.result} was made with --{name} {made.get(name)}, '
+                f'not with this {getattr(args, name)}: give what it was made with'
+            )
 
 
 def _check_result(result, args):
