@@ -20,9 +20,8 @@ def renamed(
     def find(name):
         if name not in names:
             raise AttributeError(f'module {module!r} has no attribute {name!r}')
-        warnings.warn(
-            f'{module}.{name} is now called {names[name]}', DeprecationWarning, stacklevel=2
-        )
+        text = f'{module}.{name} is now called {names[name]}'
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
         return getattr(sys.modules[module], names[name])
 
     return find

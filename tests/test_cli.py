@@ -1102,6 +1102,13 @@ def test_nobody_has_to_read_or_hear_it(tmp_path):
         ), errors
 
 
+def test_the_old_name_of_an_option_works_and_says_the_new_one(capsys):
+    status, _, errors = run(capsys, 'bench', '--contests', 'tennis')
+    warning, error = errors.splitlines()
+    assert status == 2 and warning == 'genrobust: warning: --contests is now --benchmarks'
+    assert "no benchmark 'tennis'" in error
+
+
 def test_every_way_to_start_it():
     env = dict(
         os.environ,
