@@ -30,8 +30,8 @@ from .attacks.boundary import deepfool
 from .attacks.engine import check_counts, check_range
 from .attacks.gradient import apgd, fgsm, pgd
 from .attacks.penalty import carlini_wagner
-from .attacks.zeroth_order import zoo
 from .attacks.result import require
+from .attacks.zeroth_order import zoo
 from .compat import renamed
 from .data import N_VALID, Images, load_or_synthetic
 from .files import writable, write_whole
