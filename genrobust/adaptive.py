@@ -23,7 +23,7 @@ from genrobust.models import (
     logits_by_draw,
     predict,
 )
-from .numerics import derive_seed, no_tf32, seeded
+from .numerics import derive_seed, seeded
 
 # %% ../nbs/11_adaptive.ipynb #11-005z
 __getattr__ = renamed(
@@ -211,7 +211,6 @@ def attack_with_detector(
     return result
 
 # %% ../nbs/11_adaptive.ipynb #11-031r
-@torch.no_grad()
 def evasion_rate(
     result: AttackResult,  # To score
     detector: Detector,  # Of a stochastic model or a deterministic one
@@ -225,7 +224,7 @@ def evasion_rate(
         f'found {type(result).__name__} and {type(detector).__name__}',
     )
     check_counts(draws=draws)
-    with seeded(derive_seed('evasion_rate', int(seed))), no_tf32():
+    with seeded(derive_seed('evasion_rate', int(seed))):
         answers = torch.stack([detector(result.x_adv) for _ in range(draws)])
     has_evaded = (answers != result.y) & (answers != REJECTED)
     return torch.where(result.attacked, has_evaded.float().mean(0), torch.nan)

@@ -336,10 +336,11 @@ def ranking(
     frame: "'pd.DataFrame'",  # Rows of `run_benchmark`
 ) -> "'pd.DataFrame'":  # A row for each library: medians over runs, `ratio` and `predicted`
     "Times and passes of each library, and their ratios to genrobust's."
-    frame = frame.rename(columns=dict(contest='benchmark'))  # as files of version 0.1 have it
+    frame = frame.rename(columns=dict(contest='benchmark'))  # as older files have it
     keys = ['seconds', 'success', 'norm', 'forwards', 'backwards']
     table = frame.groupby(['benchmark', 'library'], sort=False)[keys].median().reset_index()
-    ours, passes = table.groupby('benchmark').transform('first'), table.forwards + table.backwards
+    ours = table[table.library == 'genrobust'].set_index('benchmark')
+    ours, passes = ours.loc[table.benchmark].reset_index(), table.forwards + table.backwards
     return table.assign(
         ratio=table.seconds / ours.seconds, predicted=passes / (ours.forwards + ours.backwards)
     )

@@ -218,7 +218,7 @@ def _add_train(commands, common):
     images.help = 'use only the first so many images of each part'
     scarce = add('--scarce', type=partial(_count, low=0), metavar='CLASS')
     scarce.help = 'leave out nine in ten training and validation images of one class'
-    _options(train, fit, without=('seed', 'checkpoint', 'progress', 'warmup'))
+    _options(train, fit, without=('seed', 'checkpoint', 'progress', 'warmup', 'device'))
     dropout = add('--dropout', type=float)
     dropout.help = (
         'share of dense units dropped in training (default: none where a density is learnt, '
@@ -365,7 +365,7 @@ def _add_attack(commands, common):
         attack = kinds.add_parser(name, parents=[common], help=text, description=text)
         attack.set_defaults(run=partial(_attack, f), attack=name)
         add = attack.add_argument
-        add('--model', required=True, help=f'{_weights()}')
+        add('--model', required=True, help=_weights())
         out = add('--out', required=True, metavar='FILE')
         out.help = (
             '.safetensors file for the result; a .csv file with a row for each image lies '
@@ -439,27 +439,15 @@ def _detect(args):
     write_whole(out, pd.concat(curves).to_csv(index=False, float_format='%.6g'))
     _say(f'{"written":<16}{_line(out)}')
 
-
-def _add_detect(commands, common):
-    about, text = 'detect adversarial examples', detect.__doc__
-    parser = commands.add_parser('detect', parents=[common], help=about, description=text)
-    parser.set_defaults(run=_detect)
-    add = parser.add_argument
-    add('--model', required=True, help=f'the model under attack: {_weights()}')
-    add('--result', required=True, metavar='FILE', help='what `genrobust attack` wrote')
-    out = '.csv file for the ROC curves (default: beside the result)'
-    add('--out', metavar='FILE', help=out)
-    _options(parser, detect)
-
 # %% ../nbs/27_cli.ipynb #27-018d
 _SIZES = [
     ('train', 1, 'training images that detectors learn from'),
     ('valid', 20, 'validation images that thresholds are chosen with'),
     ('test', 1, 'test images that are classified'),
-    ('attacked', 0, 'test images under each attack, but for'),
-    ('carlini-wagner', 0, 'those under this one'),
-    ('zoo', 0, 'those under this one'),
-    ('apgd', 0, 'and those under this one, at each of several sizes'),
+    ('attacked', 0, 'test images under each attack but the next three'),
+    ('carlini-wagner', 0, 'test images under Carlini-Wagner'),
+    ('zoo', 0, 'test images under ZOO'),
+    ('apgd', 0, 'test images under APGD, in each of its forms, at each size'),
     ('seeds', 1, 'draws of fixed latents that attacks run on'),
     ('draws', 1, 'times that each image is classified again with resampled latents'),
 ]
@@ -476,7 +464,8 @@ def _reproduce(args):
 
 # %% ../nbs/27_cli.ipynb #27-018e
 def _add_reproduce(commands, common):
-    about, text = "the report's tables beside ours, from where it stopped", reproduce.__doc__
+    about = "measure the report's tables, from where it stopped"
+    text = "Measure the report's tables; write them, with CSV files and a picture, to a folder."
     parser = commands.add_parser('reproduce', parents=[common], help=about, description=text)
     parser.set_defaults(run=_reproduce)
     add = parser.add_argument

@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks.engine import check_counts
+from .attacks.engine import check_counts, check_finite, check_model
 from .attacks.result import require
 from .compat import renamed
 from .data import Images, Splits
 from .files import digest, load_tensors, save_tensors
 from .models import LOG_NORMALISER, NoDensityError, predict
 from .numerics import check_seed, seeded
+from .statistics import wilson
 
 # %% ../nbs/10_detection.ipynb #10-005z
 __getattr__ = renamed(__name__, let_through='evaded')
@@ -71,12 +72,9 @@ REJECTED = -1  # The label of a rejected image
 
 def _model_logits(model, x, batch_size):
     "Logits `[N,C]`, from one draw of the latents for each image"
-    require(
-        not any(m.training for m in model.modules()),
-        'the model is in training mode, or a part of it is: call model.eval() first',
-    )
+    check_model(model)
     logits = predict(model, x, batch_size)
-    require(bool(logits.isfinite().all()), 'the model returned NaN or infinite logits')
+    check_finite(logits)
     return logits
 
 # %% ../nbs/10_detection.ipynb #10-008p
@@ -387,10 +385,7 @@ class ROC:
     @property
     def rate_interval(self) -> tuple:
         "95 % interval of `rate` for this threshold (Wilson, 1927)."
-        from scipy.stats import binomtest
-
-        n_detected = int((self.adversarial > self.threshold).sum())
-        return tuple(binomtest(n_detected, len(self.adversarial)).proportion_ci(method='wilson'))
+        return wilson((self.adversarial > self.threshold).sum(), len(self.adversarial))
 
     @property
     def false_positives(self) -> float:

@@ -79,10 +79,10 @@ class Preset(NamedTuple):
     train: int  # Training images that detectors learn from
     valid: int  # Validation images that thresholds are chosen with
     test: int  # Test images classified, and put before the detectors
-    attacked: int  # Test images under each attack, shared out evenly over `seeds`; but
-    carlini_wagner: int = 0  # under this one,
-    zoo: int = 0  # under this one,
-    apgd: int = 0  # and under this one, in each of its forms, at each of several sizes
+    attacked: int  # Test images under each other attack, shared out evenly over `seeds`
+    carlini_wagner: int = 0  # Test images under Carlini-Wagner
+    zoo: int = 0  # Test images under ZOO
+    apgd: int = 0  # Test images under APGD, in each of its forms, at each of several sizes
     seeds: int = 5  # Sets of fixed latents that attacks run on
     draws: int = 20  # Times that each attacked image is classified again on resampled latents
 
@@ -126,14 +126,15 @@ class Stage(NamedTuple):
         part = digits(self.last) if is_digits else getattr(splits, self.what, splits.test)
         return Images(*[v[self.first : self.last] for v in part])
 
-    def settings(self, data: str, clf: nn.Module, draws: int) -> dict:
+    def settings(self, data: str, weights: str, config: dict, draws: int) -> dict:
         "All that the outcome depends on, but for the code; so not the name of the model."
-        settings = dict(self._asdict(), data=data)
-        settings |= dict(weights=digest(clf.state_dict()), config=clf.config)
+        settings = dict(self._asdict(), data=data, weights=weights, config=config)
         del settings['model']
         if self.is_attack:
             attack = ATTACKS[self.what]
             parameters = f'{signature(attack)} {getattr(attack, "keywords", {})}'
+            for inner in getattr(attack, 'args', ()):  # what `one_vs_all` runs
+                parameters += f' {inner.__name__}{signature(inner)}'
             settings |= dict(attack=parameters, draws=draws)
         return json.loads(json.dumps(settings))  # as a file gives them back
 
@@ -217,10 +218,11 @@ class Study:
 
     def __post_init__(self) -> None:
         "Plan the stages, and keep the settings of each."
-        self.stages = {
-            stage: stage.settings(self.data, self.clfs[stage.model], self.preset.draws)
-            for stage in plan(self.clfs, self.attacks, self.preset)
-        }
+        weights = {model: digest(clf.state_dict()) for model, clf in self.clfs.items()}
+        self.stages = {}
+        for stage in plan(self.clfs, self.attacks, self.preset):
+            about = weights[stage.model], self.clfs[stage.model].config
+            self.stages[stage] = stage.settings(self.data, *about, self.preset.draws)
 
     def path(self, stage: Stage) -> Path:
         "The file of a stage: its name ends in a hash of the settings."

@@ -17,7 +17,6 @@ from functools import partial
 from itertools import repeat
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -296,7 +295,7 @@ def fit(
     patience: int | None = 10,  # Epochs without a better validation bound before training stops
     warmup: int = 0,  # Epochs over which the weight of the KL divergence grows from 0 to 1
     amp: bool = False,  # Mixed precision: compute in bfloat16 where that is safe
-    device: Any = None,  # A `torch.device` or its name; default: `pick_device()`
+    device: str | torch.device | None = None,  # Default: `pick_device()`
     progress: bool = True,  # Show a bar
 ) -> list[dict]:  # Of each epoch: `epoch`, `train_bound`, `bound` (validation) and `accuracy`
     """Maximise the ELBO by Adam; keep the averaged weights of the best validation bound.

@@ -359,7 +359,10 @@ def test_strong_attacks_are_asked_for_and_known_by_all_parameters(run, tmp_path,
     assert not STRONG.keys() & set(study._chosen(None, 'standard', PRESETS['standard']))
     clf = CNN(hidden=20)
     stages = [Stage('cnn', attack, 0, 4) for attack in STRONG]
-    assert len({stage.settings('synthetic', clf, 1)['attack'] for stage in stages}) == 12
+    assert (
+        len({stage.settings('synthetic', 'weights', clf.config, 1)['attack'] for stage in stages})
+        == 12
+    )
     name = 'Targeted APGD, L2 1'
     run(tmp_path / 'out', attacks=[name], preset=TINY._replace(apgd=4))
     assert [stage.what for stage in run.measured][-2:] == [name] * 2

@@ -449,9 +449,12 @@ def _search_back(state, x_adv, i):
 def _rename(given, old_names, attack):
     "Give arguments their new names, with a warning, in place"
     for old in old_names.keys() & given.keys():
-        text = f'{attack}: {old} is now called {old_names[old]}'
+        new = old_names[old]
+        if new in given:
+            raise TypeError(f'{attack}: {old} is now called {new}; give one of them')
+        text = f'{attack}: {old} is now called {new}'
         warnings.warn(text, DeprecationWarning, stacklevel=3)
-        given[old_names[old]] = given.pop(old)
+        given[new] = given.pop(old)
 
 # %% ../../nbs/22_engine.ipynb #22-031s1
 def attack(
