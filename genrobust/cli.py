@@ -439,6 +439,19 @@ def _detect(args):
     write_whole(out, pd.concat(curves).to_csv(index=False, float_format='%.6g'))
     _say(f'{"written":<16}{_line(out)}')
 
+# %% ../nbs/27_cli.ipynb #27-018b2
+def _add_detect(commands, common):
+    about = 'detect adversarial examples'
+    text = 'Say how many adversarial examples of a result the detectors of a model detect.'
+    parser = commands.add_parser('detect', parents=[common], help=about, description=text)
+    parser.set_defaults(run=_detect)
+    add = parser.add_argument
+    add('--model', required=True, help=f'the model under attack: {_weights()}')
+    add('--result', required=True, metavar='FILE', help='what `genrobust attack` wrote')
+    out = '.csv file for the ROC curves (default: beside the result)'
+    add('--out', metavar='FILE', help=out)
+    _options(parser, detect)
+
 # %% ../nbs/27_cli.ipynb #27-018d
 _SIZES = [
     ('train', 1, 'training images that detectors learn from'),
