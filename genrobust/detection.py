@@ -126,7 +126,7 @@ class Detector:
         return self.fit_logits(_model_logits(self.model, train.x, batch_size), train.y)
 
     def fit_logits(self, logits: Tensor, y: Tensor) -> 'Detector':
-        "As `Detector.fit`, from logits `[N,C]` that the model has computed and labels `[N]`."
+        "As `fit`, from logits `[N,C]` that the model has computed and labels `[N]`."
         label = logits.argmax(1)
         require(
             y.shape == label.shape,
@@ -161,7 +161,7 @@ class Detector:
         return self.calibrate_logits(_model_logits(self.model, valid.x, batch_size), fpr)
 
     def calibrate_logits(self, logits: Tensor, fpr: float = 0.05) -> 'Detector':
-        "As `Detector.calibrate`, from logits `[N,C]` that the model has computed already."
+        "As `calibrate`, from logits `[N,C]` that the model has computed already."
         self.threshold, self.fpr = conformal_threshold(self.judge(logits), fpr), float(fpr)
         return self
 
@@ -227,7 +227,7 @@ class Detector:
     @property
     def alpha(self) -> float:
         """The threshold as Li, Bradshaw and Sharma state it, in standard deviations from the
-        mean; None before `Detector.calibrate`."""
+        mean; None before `calibrate`."""
         return None if self.threshold is None else self.sign * self.threshold
 
     def __repr__(self):
