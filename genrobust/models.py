@@ -137,7 +137,7 @@ def _check_sizes(n_classes, dropout=0.0, **sizes):
 
 def check_batch(
     x: Tensor,  # Images `[B,1,28,28]`, or `[B,C,1,28,28]` with `ndim=5`
-    ndim: int = 4,
+    ndim: int = 4,  # Number of dimensions, 4 or 5
 ) -> Tensor:  # The same
     "Raise a `ValueError` unless these are float images of the size of Fashion-MNIST's."
     if x.ndim != ndim or x.shape[-3:] != (1, 28, 28) or not x.is_floating_point():

@@ -152,8 +152,8 @@ def _check_start(start, x, bounds):
 # %% ../../nbs/09_decision_based.ipynb #09-055c
 @attack()
 def hop_skip_jump(
-    x: Tensor,
-    bounds: tuple,
+    x: Tensor,  # Images `[N,...]` within `bounds`
+    bounds: tuple,  # Smallest and largest value of a pixel
     *,
     p: float = 2,  # Norm to keep small: 2 or inf
     # Query budget of an image, besides the first evaluation and the last, 1 or more; the attack

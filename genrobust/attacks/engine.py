@@ -367,7 +367,7 @@ def _begin(first, model, batch):
 
 # %% ../../nbs/22_engine.ipynb #22-029s1
 def attack_batch(
-    algorithm: 'Algorithm',
+    algorithm: 'Algorithm',  # From an `AttackState` to images `[B,...]`
     model: nn.Module,  # Deterministic
     batch: Batch,  # On the device of the model
     bounds: tuple,  # Smallest and largest value of a pixel
@@ -502,7 +502,11 @@ def check_counts(**counts: int) -> None:
         require(is_whole and value >= 1, text)
 
 
-def check_range(low: float, high: float, **numbers: float) -> None:
+def check_range(
+    low: float,  # Least value
+    high: float,  # Largest value; may be inf
+    **numbers: float,  # By the names that an error uses
+) -> None:
     "Raise a `ValueError` unless each is a finite number from `low` to `high`."
     for name, value in numbers.items():
         try:
@@ -519,7 +523,7 @@ def check_positive(**numbers: float) -> None:
     for name, value in numbers.items():
         require(value > 0, f'{name} must be above 0, found {value}')
 
-
+# %% ../../nbs/22_engine.ipynb #22-027z
 def _pair(bounds):
     try:
         low, high = (float(b) for b in bounds)
@@ -580,8 +584,12 @@ def as_labels(
     require(fits, f'{text} {kind} {list(labels.shape)}')
     return labels.long().expand(n)
 
-
-def check_labels(labels: Tensor, n_classes: int, what: str) -> None:
+# %% ../../nbs/22_engine.ipynb #22-027bz
+def check_labels(
+    labels: Tensor,  # int64 `[N]`
+    n_classes: int,  # C
+    what: str,  # What to call them in an error
+) -> None:
     "Raise a `ValueError` unless all labels lie in 0 to C-1."
     low, high = labels.min().item(), labels.max().item()
     text = f'{what} must lie in 0..{n_classes - 1}, found {low}..{high}'
@@ -595,7 +603,9 @@ def _check_targets(batch):
     require(not same, text)
 
 # %% ../../nbs/22_engine.ipynb #22-027bs1
-def check_finite(logits: Tensor) -> None:
+def check_finite(
+    logits: Tensor,  # `[B,C]`
+) -> None:
     "Raise a `ValueError` unless all logits are finite."
     require(bool(logits.isfinite().all()), 'the model returned NaN or infinite logits')
 
@@ -607,7 +617,10 @@ def _is_training(module):
     return getattr(module, 'training', False) or any(map(_is_training, module.children()))
 
 
-def check_model(model: Callable, allow_training: bool = False) -> None:
+def check_model(
+    model: Callable,  # Images to logits
+    allow_training: bool = False,  # Accept a model in training mode
+) -> None:
     "Raise a `ValueError` unless a model can be called, and is in evaluation mode in all its parts."
     if not callable(model):
         text = 'model must be a module or function from images to logits'

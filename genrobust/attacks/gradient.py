@@ -40,15 +40,23 @@ def ce_loss(
     return -log_odds(logits, y) if target is None else log_odds(logits, target)
 
 
-def joint_loss(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
-    "-log p(x,y), or log p(x,target): what the report's code climbed; parameters as for `ce_loss`."
+def joint_loss(
+    logits: Tensor,  # `[B,C]`, log p(x,y_c) up to a constant
+    y: Tensor,  # `[B]` labels
+    target: Tensor | None = None,  # `[B]` classes to reach; default: any but `y`
+) -> Tensor:  # `[B]` nats
+    "-log p(x,y), or log p(x,target): what the report's code climbed."
     return -_logit(logits, y) if target is None else _logit(logits, target)
 
 
-def dlr_loss(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
+def dlr_loss(
+    logits: Tensor,  # `[B,C]`
+    y: Tensor,  # `[B]` labels
+    target: Tensor | None = None,  # `[B]` classes to reach; default: any but `y`
+) -> Tensor:  # `[B]`, without a unit
     """The difference of logits ratio (Croce and Hein, 2020, equations 6 and 7).
 
-    Parameters as for `ce_loss`; a `ValueError` below three classes, or four with a target."""
+    A `ValueError` below three classes, or four with a target."""
     need, aim = (3, '') if target is None else (4, ' with a target')
     text = f"loss 'dlr' needs at least {need} classes{aim}, the model has {logits.shape[1]}"
     require(logits.shape[1] >= need, text)
@@ -56,7 +64,7 @@ def dlr_loss(logits: Tensor, y: Tensor, target: Tensor | None = None) -> Tensor:
     top = logits.topk(need).values
     return rise / (top[:, 0] - top[:, 2:].mean(1)).clamp_min(torch.finfo(logits.dtype).eps)
 
-
+# %% ../../nbs/04_fgsm.ipynb #04-008z
 _losses = dict(ce=ce_loss, joint=joint_loss, dlr=dlr_loss)
 
 

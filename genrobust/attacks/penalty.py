@@ -106,7 +106,7 @@ def minimise(
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-020
 def linear_scale(
-    state: AttackState,
+    state: AttackState,  # `B` images
     distance: Tensor,  # Of the boundary, estimated `[B]`
     gap: Tensor,  # Margin to be closed on the way `[B]`
     share: float,  # Of that distance that the first step covers

@@ -72,7 +72,10 @@ def within_reach(
     return torch.where((x - centre).abs() > eps, x.nextafter(centre), x)
 
 # %% ../../nbs/20_result.ipynb #20-006b
-def require(ok: bool, message: str) -> None:
+def require(
+    ok: bool,  # What has to hold
+    message: str,  # Of the error
+) -> None:
     "Raise a `ValueError` unless `ok`."
     if not ok:
         raise ValueError(message)

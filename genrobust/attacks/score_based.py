@@ -27,7 +27,7 @@ from .zeroth_order import check_difference, query_points
 
 # %% ../../nbs/08_score_based.ipynb #08-014
 def random_directions(
-    state: AttackState,
+    state: AttackState,  # `B` images
     draw: Callable,  # `(shape, generator)`, to a tensor of that shape
     n: int,  # Directions for each image
     i: Tensor,  # Which images
