@@ -6,6 +6,8 @@ from .core import *
 from .gradient import *
 from .boundary import *
 from .penalty import *
+from .pairs import *
+from .sphere import *
 from .zeroth_order import *
 from .score_based import *
 from .decision_based import *

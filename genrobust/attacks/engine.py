@@ -76,6 +76,7 @@ class AttackState:
         self.bounds, self.seed, self.kappa, self._generators = bounds, seed, 0.0, None
         shape, device = (2, len(self.x)), self.x.device
         self.forwards, self.backwards = torch.zeros(shape, dtype=torch.long, device=device)
+        self.partial = torch.zeros(shape, dtype=torch.double, device=device)
         self.undefined = torch.zeros_like(self.x, dtype=torch.bool)
         if start.gradient is not None:
             start = start._replace(gradient=self.defined(start.gradient, self.all))
@@ -151,7 +152,7 @@ class AttackState:
 
         def less(values, logits, i):
             rows = torch.arange(len(i), device=i.device)[:, None]
-            here, goals = self._rivals(logits, i, most)
+            here, goals = self.rivals(logits, i, most)
             return values[rows, goals] - values[rows, here]
 
         if x is self.x and self.start.gradient is not None:
@@ -168,8 +169,8 @@ class AttackState:
             return logits, f, self.defined(grad_f, i)
         return logits, less(logits, logits, i), less(J, logits, i)
 
-    def _rivals(self, logits, i, most):
-        "The class to leave `[b,1]` and those to reach `[b,n]`: the target, or the `most` strongest"
+    def rivals(self, logits: Tensor, i: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+        "The class to leave `[b,1]` and those to reach `[b,n]`: the target, or the `most` strongest."
         if self.target is not None:
             goals = self.target[i]
             return other_logits(logits, goals).argmax(1, keepdim=True), goals[:, None]
@@ -393,8 +394,9 @@ def attack_batch(
         found = algorithm.solve(state).detach().clone()
         judged = _judge(state, found, algorithm.minimum_norm)
         result.x_adv[i], result.y_adv[i], result.success[i] = judged
-        result.forwards[i] += state.forwards
-        result.backwards[i] += state.backwards
+        partial = state.partial.ceil().long()  # passes through some of the classes
+        result.forwards[i] += state.forwards + partial[0]
+        result.backwards[i] += state.backwards + partial[1]
         undefined[i] = state.undefined.flatten(1).sum(1)
     return result, undefined
 
