@@ -49,6 +49,9 @@ class Batch(NamedTuple):
     y: Tensor | None  # Labels `[B]`; None: the model's predictions
     target: Tensor | None  # Classes to reach `[B]`; None: any but the label
     positions: Tensor  # Of the images among all that are attacked `[B]`
+    low: Tensor | None = None  # Smallest values of pixels `[B,...]`; None: one for all
+    high: Tensor | None = None  # Largest values
+    mask: Tensor | None = None  # Bool `[B,...]`: pixels that may change; None: all
 
 
 class Start(NamedTuple):
@@ -71,9 +74,12 @@ class AttackState:
         bounds: tuple = (0, 1),  # Smallest and largest value of a pixel
         seed: int = 0,  # Of random numbers, which belong to an image's position
     ):
-        self.x, self.y, self.target, self.positions = batch
+        self.x, self.y, self.target, self.positions, low, high, self.mask = batch
         self.model, self.n_classes = model, start.logits.shape[1]
-        self.bounds, self.seed, self.kappa, self._generators = bounds, seed, 0.0, None
+        self.bounds = bounds if low is None else (low.expand_as(self.x), high.expand_as(self.x))
+        if self.mask is not None:  # what may not change is what it is
+            self.bounds = tuple(torch.where(self.mask, bound, self.x) for bound in self.bounds)
+        self.seed, self.kappa, self._generators = seed, 0.0, None
         shape, device = (2, len(self.x)), self.x.device
         self.forwards, self.backwards = torch.zeros(shape, dtype=torch.long, device=device)
         self.undefined = torch.zeros_like(self.x, dtype=torch.bool)
@@ -90,9 +96,47 @@ class AttackState:
         "Index of every image."
         return torch.arange(len(self), device=self.x.device)
 
-    def clip(self, x: Tensor) -> Tensor:
+    def bounds_of(self, i: Tensor | None = None) -> tuple:
+        "Smallest and largest values: numbers, or tensors like `x[i]`; of all images by default."
+        is_one = i is None or not isinstance(self.bounds[0], Tensor)
+        return self.bounds if is_one else tuple(bound[i] for bound in self.bounds)
+
+    def clip(
+        self,
+        x: Tensor,  # Points of images `i`: `[b,...]`, or `n` for each `[b,n,...]`
+        i: Tensor | None = None,  # Default: all images
+        pick: Callable | None = None,  # From tensors like `x[i]` to pixels of which `x` consists
+    ) -> Tensor:
         "Into the bounds."
-        return x.clamp(*self.bounds)
+        low, high = self.bounds_of(i)
+        if isinstance(low, Tensor) and (pick or x.ndim > low.ndim):
+            pick = pick or (lambda bound: bound[:, None])
+            low, high = pick(low), pick(high)
+        return x.clamp(low, high)
+
+    @property
+    def width(self) -> float | Tensor:
+        "From the smallest to the largest value of a pixel: a number, or one for each image `[B]`."
+        low, high = self.bounds
+        return high - low if not isinstance(low, Tensor) else (high - low).flatten(1).amax(1)
+
+    def own(self, values: float | Tensor, i: Tensor) -> float | Tensor:
+        "Of a parameter `[N,...]` with a row for each attacked image, the rows of `i`, like `x`."
+        if not isinstance(values, Tensor):
+            return values
+        return values[self.positions[i].to(values.device)].to(self.x)
+
+    def free(self, directions: Tensor, i: Tensor) -> Tensor:
+        "Directions `[b,...]` or `[b,n,...]`, with 0 where a pixel may not change."
+        if self.mask is None:
+            return directions
+        mask = self.mask[i] if directions.ndim == self.x.ndim else self.mask[i, None]
+        return directions.masked_fill(~mask, 0)
+
+    @property
+    def n_free(self) -> int | Tensor:
+        "How many pixels may change: a number, or one for each image `[B]`."
+        return self.x[0].numel() if self.mask is None else self.mask.flatten(1).sum(1)
 
     def margin(self, logits: Tensor, i: Tensor) -> Tensor:
         "What the attacker lowers, `[b]`: below zero is success, targeted or not."
@@ -177,8 +221,9 @@ class AttackState:
         return self.y[i, None], other_logits(logits, self.y[i]).topk(n).indices
 
     def defined(self, gradients: Tensor, i: Tensor) -> Tensor:
-        """Gradients `[b,...]` or `[b,n,...]`, with 0 for what is not a finite number, which
-        `undefined` notes."""
+        """Gradients `[b,...]` or `[b,n,...]`, with 0 where a pixel may not change, and for what is
+        not a finite number, which `undefined` notes."""
+        gradients = self.free(gradients, i)
         bad = ~gradients.isfinite()
         self.undefined[i] |= bad if bad.ndim == self.x.ndim else bad.any(1)
         return gradients.masked_fill(bad, 0)

@@ -108,7 +108,7 @@ class Ball:
     def clip(self, state: AttackState, x: Tensor, i: Tensor) -> Tensor:
         "Points `[len(i),...]` into the ball around images `i`, and into the bounds."
         centre = state.x[i]
-        x = state.clip(centre + self.project(x - centre))
+        x = state.clip(centre + self.project(x - centre), i)
         return within_reach(x, centre, self.eps) if self.p == torch.inf else x
 
     def random_start(self, state: AttackState, i: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def _slope(state, x, i, samples, h):
     "The gradient of the margin: a mean of directions, each times the slope along it"
     g = torch.zeros_like(x)
     for v in random_directions(state, _rademacher, samples, i):
-        points = state.clip(torch.cat([x[:, None] + h * v, x[:, None] - h * v], 1))
+        points = state.clip(torch.cat([x[:, None] + h * v, x[:, None] - h * v], 1), i)
         above, below = query_points(state, state.margin, points, i).chunk(2, 1)
         g += torch.einsum('bn,bn...->b...', (above - below) / (2 * h * samples), v)
     return g
@@ -133,12 +133,16 @@ def _square(state, x, i, ball, share):
     "One square at a corner of the ball in each channel, the opposite one if nothing else changes"
     channels, *sides = size = _size(x)
     window = _window(state, i, _sides(share, *sides), size)
-    now = x.view(len(i), channels, -1)
-    old, centre = now.gather(2, window), state.x[i].view_as(now).gather(2, window)
+
+    def pick(pixels):
+        return pixels.reshape(len(i), channels, -1).gather(2, window)
+
+    old, centre = pick(x), pick(state.x[i])
     step = ball.eps * _signs(state, i, channels, 1)
-    new = within_reach(state.clip(centre + step), centre, ball.eps)
-    opposite = within_reach(state.clip(centre - step), centre, ball.eps)
+    new = within_reach(state.clip(centre + step, i, pick), centre, ball.eps)
+    opposite = within_reach(state.clip(centre - step, i, pick), centre, ball.eps)
     is_idle = (new == old).flatten(1).all(1)[:, None, None]
+    now = x.view(len(i), channels, -1)
     return now.scatter(2, window, torch.where(is_idle, opposite, new)).view_as(x)
 
 # %% ../../nbs/08_score_based.ipynb #08-040
@@ -181,7 +185,8 @@ def _two_squares(state, x, i, ball, share):
     pattern = torch.where(_signs(state, i, 1) > 0, upright.flatten(), lying.flatten())
     bump = _signs(state, i, channels, 1) * pattern[:, None]
     bump = F.normalize(bump + F.normalize(delta.gather(2, first), dim=2), dim=2)
-    return state.clip(centre + rest.scatter(2, first, budget[:, :, None] * bump)).view_as(x)
+    moved = centre + rest.scatter(2, first, budget[:, :, None] * bump)
+    return state.clip(moved.view_as(x), i)
 
 # %% ../../nbs/08_score_based.ipynb #08-043
 @attack(minimum_norm=False)

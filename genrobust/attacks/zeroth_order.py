@@ -63,7 +63,11 @@ class FiniteDifferences:
         "Of `f(logits, i)` along pixels `j` `[len(i),n]` at `x[i]`, shaped like `j`."
         flat, n = x[i].flatten(1), j.shape[1]
         here = flat.gather(1, j)
-        up, down = self.state.clip(here + self.h), self.state.clip(here - self.h)
+
+        def pick(pixels):
+            return pixels.flatten(1).gather(1, j)
+
+        up, down = (self.state.clip(here + h, i, pick) for h in (self.h, -self.h))
         points = flat[:, None].repeat(1, 2 * n, 1)
         points.scatter_(2, j.repeat(1, 2)[..., None], torch.cat([up, down], 1)[..., None])
         points = points.unflatten(2, x.shape[1:])
