@@ -150,7 +150,7 @@ def _check_start(start, x, bounds):
     return within_bounds(start, bounds, 'start')
 
 # %% ../../nbs/09_decision_based.ipynb #09-055c
-@attack()
+@attack(black_box=True)
 def hop_skip_jump(
     x: Tensor,  # Images `[N,...]` within `bounds`
     bounds: tuple,  # Smallest and largest value of a pixel
