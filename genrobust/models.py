@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FACTORISATIONS', 'LOG_NORMALISER', 'Factorisation', 'Classifier', 'NoDensityError', 'check_batch', 'CNN',
            'FactorNetworks', 'log_mean_exp', 'logits_by_draw', 'estimate_logits', 'BayesClassifier', 'FixedNoise',
-           'Resampled', 'pick_device', 'build', 'pretrained_names', 'load_pretrained', 'save_model', 'predict',
-           'accuracy', 'digest', 'write_whole', 'save_tensors', 'load_tensors', 'seeded', 'in_parts']
+           'Resampled', 'pick_device', 'build', 'pretrained_names', 'list_models', 'load_pretrained', 'save_model',
+           'predict', 'accuracy', 'digest', 'write_whole', 'save_tensors', 'load_tensors', 'seeded', 'in_parts']
 
 # %% ../nbs/01_models.ipynb #01-005
 import math
@@ -539,6 +539,15 @@ def _shipped(name):
 def pretrained_names() -> list[str]:  # In alphabetical order
     "The models whose weights come with the package."
     return sorted(path.stem for path in _shipped('*').parent.glob('*.safetensors'))
+
+
+def list_models() -> dict[str, str]:  # In alphabetical order
+    "The names that `load_pretrained` knows, with a line on each."
+    kinds = dict(cnn='discriminative, the baseline', cnn_at='discriminative, adversarially trained')
+    for name, factors in FACTORISATIONS.items():
+        kind = 'generative' if factors.x else 'discriminative'
+        kinds[name.lower()] = f'{kind}: {name}, a deep Bayes classifier'
+    return {name: kinds.get(name, 'a classifier') for name in pretrained_names()}
 
 
 def _build_for(tensors, config):

@@ -1,6 +1,7 @@
 """Attacks on any classifier from images to logits."""
 from .result import *
 from .autodiff import *
+from .inputs import *
 from .engine import *
 from .core import *
 from .gradient import *

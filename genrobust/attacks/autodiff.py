@@ -6,7 +6,7 @@
 __all__ = ['ask', 'over_parts', 'ask_in_parts', 'gradients_of', 'gradient_of', 'differentiable', 'jacobian']
 
 # %% ../../nbs/21_autodiff.ipynb #21-005
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -24,16 +24,36 @@ _NO_GRADIENT = (
 )
 
 
-def _check_logits(logits, n):
-    found = f'a {type(logits).__name__}'
-    advice = ': wrap it in a function that takes the logits out of that'
-    if isinstance(logits, Tensor):
-        is_float, shape = logits.is_floating_point(), list(logits.shape)
-        if is_float and logits.ndim == 2 and len(logits) == n and logits.shape[1] >= 2:
-            return
-        found, advice = f'{logits.dtype} {shape}', ''
-    text = f'the model must return float logits [B,C] with C >= 2; for {n} images it returned'
-    raise ValueError(f'{text} {found}{advice}')
+def _parts(answer):
+    "Names of the parts of an answer that is no tensor, and how to take each out"
+    if isinstance(answer, Mapping):
+        return {f'{key!r}': f'out[{key!r}]' for key in answer}
+    fields = getattr(answer, '_fields', None) or getattr(answer, '__dict__', {})
+    if not fields and isinstance(answer, (tuple, list)):
+        return {f'{n}': f'out[{n}]' for n in range(len(answer))}
+    return {f'.{name}': f'out.{name}' for name in fields}
+
+
+def _describe(answer):
+    "What was returned in place of logits, and what to do about it"
+    if isinstance(answer, Tensor):
+        return f'{answer.dtype} {list(answer.shape)}'
+    parts = _parts(answer)
+    most = sorted(parts, key=lambda name: 'logits' not in name)[:1]
+    advice = f'lambda out: {parts[most[0]]}' if most else 'a function from that to logits'
+    names = f' with {", ".join(list(parts)[:10])}' if parts else ''
+    return f'a {type(answer).__name__}{names}: pass logits_of={advice}'
+
+
+def _as_logits(answer, n):
+    "Logits `[n,C]` of an answer; one logit an image `[n]` or `[n,1]` is that of class 1 above 0"
+    if isinstance(answer, Tensor) and answer.is_floating_point() and len(answer.shape[:1]):
+        if answer.shape in [(n,), (n, 1)]:
+            return torch.stack([torch.zeros_like(answer.view(n)), answer.view(n)], 1)
+        if answer.ndim == 2 and len(answer) == n and answer.shape[1] >= 2:
+            return answer
+    text = f'the model must return float logits [B,C] with C >= 2, or [B]; for {n} images it'
+    raise ValueError(f'{text} returned {_describe(answer)}')
 
 
 def _is_memory(e):
@@ -45,17 +65,18 @@ def ask(
     model: Callable,  # Images to logits
     x: Tensor,  # Images `[B,...]`
 ) -> Tensor:  # Logits `[B,C]`
-    """Logits of a copy of the images, which the model may change; a `ValueError` for images that it
-    cannot take, and for an answer that is no logits."""
+    """Logits of a copy of the images, which the model may change; of a model with one logit, 0 and
+    that logit.
+
+    A `ValueError` for images that it cannot take, and for an answer that is no logits."""
     try:
-        logits = model(x.clone())
+        answer = model(x.clone())
     except (RuntimeError, IndexError, AssertionError) as e:
         if _is_memory(e):
             raise
         require('Inference tensor' not in str(e), f'{_NO_GRADIENT} ({e})')
         raise ValueError(f'the model cannot take images {x.dtype} {list(x.shape)}: {e}') from e
-    _check_logits(logits, len(x))
-    return logits.as_subclass(Tensor)
+    return _as_logits(answer, len(x)).as_subclass(Tensor)
 
 # %% ../../nbs/21_autodiff.ipynb #21-110
 def over_parts(

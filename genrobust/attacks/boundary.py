@@ -43,7 +43,7 @@ def deepfool_step(
     gap: Tensor,  # `[B,C]`, as for `linear_step`
     grad_f: Tensor,  # `[B,C,...]`
     p: float,  # Norm, above 1; may be inf
-    bounds: tuple,  # Smallest and largest value of a pixel
+    bounds: tuple,  # Smallest and largest value of a pixel: numbers, or tensors like `x`
     fraction: float,  # Of the step that is taken, unless it is the final one
 ) -> Tensor:  # `[B,...]`, of the type of `x`
     "One step of DeepFool, cut to `fraction`; whole and of free pixels alone close to the boundary."
@@ -54,6 +54,8 @@ def deepfool_step(
     closed = (grad_f * possible[:, None]).flatten(2).sum(2) / gap
     redo = (is_final | (closed.amax(1) < 1 / 4)).nonzero().squeeze(1)
     at, g = x[redo, None], grad_f[redo]
+    if isinstance(low, Tensor):
+        low, high = low[redo, None], high[redo, None]
     is_blocked = (at <= low) & (g < 0) | (at >= high) & (g > 0)
     step[redo] = linear_step(gap[redo], g.masked_fill(is_blocked, 0), p)
     return (per_image(torch.where(is_final, 1.0, fraction), x) * step).to(x.dtype)
@@ -95,10 +97,10 @@ class _DeepFool:
             return x, i
         gap = (f.abs() + 2 * rounding_tolerance(logits)[:, None])[active]
         at = x, delta[i], gap, grad_f[active]
-        moved = delta[i] + deepfool_step(*at, self.p, state.bounds, self.step_fraction)
-        low, high = (bound - state.x[i] for bound in state.bounds)
+        moved = delta[i] + deepfool_step(*at, self.p, state.bounds_of(i), self.step_fraction)
+        low, high = (bound - state.x[i] for bound in state.bounds_of(i))
         delta[i] = moved.clamp(low, high)
-        return state.clip(state.x[i] + (1 + self.overshoot) * moved), i
+        return state.clip(state.x[i] + (1 + self.overshoot) * moved, i), i
 
     def __call__(self, state):
         found, delta, x, i = state.x.clone(), torch.zeros_like(state.x), state.x, state.all

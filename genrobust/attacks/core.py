@@ -25,21 +25,25 @@ from genrobust.attacks.engine import (
     device_of,
     run,
 )
-from .result import AttackResult, margin, norm, require, within_reach
+from .result import AttackResult, Trace, margin, norm, require, within_reach
 from ..numerics import derive_seed, in_parts, no_tf32, seeded
 
 # %% ../../nbs/03_attacks.ipynb #03-035
-@attack(minimum_norm=False)
+@attack(minimum_norm=False, black_box=True)
 def random_noise(
     *,
-    eps: float = 0.3,  # Largest perturbation of a pixel, in units of a pixel, 0 or more
+    # Largest perturbation of a pixel, in units of a pixel, 0 or more; a number, or `[N]` for each
+    # image, or for channels or pixels
+    eps: float | Tensor = 0.3,
 ):
     "Uniform noise in the l-infinity ball of radius `eps`: what chance finds."
-    check_range(0, torch.inf, eps=eps)
+    if not isinstance(eps, Tensor):
+        check_range(0, torch.inf, eps=eps)
 
     def solve(state):
-        noise = eps * (2 * state.random(torch.rand, state.all) - 1)
-        return within_reach(state.clip(state.x + noise), state.x, eps)
+        radius = state.own(eps, state.all)
+        noise = radius * (2 * state.random(torch.rand, state.all) - 1)
+        return within_reach(state.clip(state.x + noise), state.x, radius)
 
     return solve
 
@@ -121,7 +125,8 @@ def one_vs_all(
     the attack, or 2 if it has none."""
     require(callable(attack), f'attack must be a function such as deepfool, found {attack!r}')
     require('target' not in kwargs, 'one_vs_all aims at every class in turn: leave target out')
-    names = [name for name in ('bounds', 'batch_size', 'allow_training') if name in kwargs]
+    names = 'bounds', 'batch_size', 'allow_training', 'draws', 'logits_of', 'trace'
+    names = [name for name in names if name in kwargs]
     shared = {name: kwargs[name] for name in names}
     best, n_classes = _first_evaluation(model, x, y, seed=seed, **shared)
     smallest = torch.full_like(best.l2, torch.inf)
@@ -132,6 +137,8 @@ def one_vs_all(
         smallest[better] = size[better]
         for name in ('x_adv', 'y_adv', 'success'):
             getattr(best, name)[better] = getattr(one, name)[better]
+        if one.trace is not None:
+            best.trace = Trace.cat([best.trace, one.trace], dim=1)
         best.forwards += one.forwards
         best.backwards += one.backwards
     best.settings = dict(one.settings, attack=f'one_vs_all({one.settings["attack"]})')

@@ -51,8 +51,8 @@ def _shorten(state, x, i, share, p):
     delta = x - state.x[i]
     if p == torch.inf:
         most = per_image(share * norm(delta, p), x)
-        return state.clip(state.x[i] + delta.clamp(-most, most))
-    return state.clip(state.x[i] + per_image(share, x) * delta)
+        return state.clip(state.x[i] + delta.clamp(-most, most), i)
+    return state.clip(state.x[i] + per_image(share, x) * delta, i)
 
 
 def _to_boundary(labels, x, i, tolerance):
@@ -71,7 +71,7 @@ def _normal(labels, x, i, n, delta):
     weighted, plain = torch.zeros_like(x), torch.zeros_like(x)
     for u in random_directions(state, torch.randn, n, i):
         u = unit(u.flatten(0, 1), 2).view_as(u)
-        points = state.clip(x[:, None] + per_image(delta, u) * u)
+        points = state.clip(x[:, None] + per_image(delta, u) * u, i)
         phi = 2 * query_points(state, state.is_adversarial, points, i).to(x) - 1
         steps = points - x[:, None]
         weighted += torch.einsum('bn,bn...->b...', phi, steps)
@@ -86,7 +86,7 @@ def _jump(labels, x, i, direction, length):
         if not len(active):
             break
         move = per_image(length[active] / 2**k, x) * direction[active]
-        there = labels.state.clip(x[active] + move)
+        there = labels.state.clip(x[active] + move, i[active])
         success = labels.query(there, i[active])
         landed[active[success]] = there[success]
         active = active[~success]
@@ -102,15 +102,15 @@ def _noise(shape, generator):
 def _find(labels, start, tries):
     "A first adversarial example: the start given, else a mixture with noise"
     state, i = labels.state, labels.state.all
-    low, high = state.bounds
     if start is not None:
         labels.query(start[state.positions.to(start.device)].to(state.x), i)
     for k in range(tries):
         i = i[labels.norm[i].isinf()]
         if not len(i):
             break
+        low, high = state.bounds_of(i)
         noise = low + (high - low) * state.random(_noise, i)
-        labels.query(state.clip(state.x[i] + (k + 1) / tries * (noise - state.x[i])), i)
+        labels.query(state.clip(state.x[i] + (k + 1) / tries * (noise - state.x[i]), i), i)
 
 # %% ../../nbs/09_decision_based.ipynb #09-055b
 def _approach(labels, x, i, samples, gamma, tolerance):
@@ -150,7 +150,7 @@ def _check_start(start, x, bounds):
     return within_bounds(start, bounds, 'start')
 
 # %% ../../nbs/09_decision_based.ipynb #09-055c
-@attack()
+@attack(black_box=True)
 def hop_skip_jump(
     x: Tensor,  # Images `[N,...]` within `bounds`
     bounds: tuple,  # Smallest and largest value of a pixel

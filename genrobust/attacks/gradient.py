@@ -87,29 +87,32 @@ class Ball:
 
     def __init__(
         self,
-        eps: float,  # Radius, in units of a pixel, 0 or more
+        # Radius, in units of a pixel, 0 or more: a number, or `[N]` for each image; for p = inf also
+        # of channels or pixels (inside an attack, whatever `as_eps` returns)
+        eps: float | Tensor,
         p: float,  # Norm: 2 or inf
     ):
-        check_range(0, math.inf, eps=eps)
         require(p in (2, torch.inf), f'p must be 2 or inf, found {p!r}')
+        if not isinstance(eps, Tensor):
+            check_range(0, math.inf, eps=eps)
+        elif p == 2:
+            text = f'for p = 2 eps must be one number an image, found {list(eps.shape)}'
+            require(eps.numel() == len(eps), text)
         self.eps, self.p = eps, p
 
     def steepest(self, g: Tensor) -> Tensor:
         "The direction of steepest ascent of norm 1."
         return unit(g, self.p)
 
-    def project(self, delta: Tensor) -> Tensor:
-        "The nearest perturbation within the ball."
-        if self.p == torch.inf:
-            return delta.clamp(-self.eps, self.eps)
-        factor = self.eps / norm(delta).clamp_min(torch.finfo(delta.dtype).tiny)
-        return delta * per_image(factor.clamp_max(1), delta)
+    def project(self, delta: Tensor, eps: float | Tensor | None = None) -> Tensor:
+        "The nearest perturbation within the ball; `eps` of these images, where it is not a number."
+        return project(delta, self.eps if eps is None else eps, self.p)
 
     def clip(self, state: AttackState, x: Tensor, i: Tensor) -> Tensor:
         "Points `[len(i),...]` into the ball around images `i`, and into the bounds."
-        centre = state.x[i]
-        x = state.clip(centre + self.project(x - centre))
-        return within_reach(x, centre, self.eps) if self.p == torch.inf else x
+        centre, eps = state.x[i], state.own(self.eps, i)
+        x = state.clip(centre + self.project(x - centre, eps), i)
+        return within_reach(x, centre, eps) if self.p == torch.inf else x
 
     def random_start(self, state: AttackState, i: Tensor) -> Tensor:
         "A point drawn uniformly from the ball around each of images `i`, clipped to the bounds."
@@ -120,36 +123,36 @@ class Ball:
         if self.p == torch.inf:
             delta = state.random(torch.rand, i) * 2 - 1
         else:
-            delta = self.steepest(state.random(torch.randn, i))
+            delta = self.steepest(state.free(state.random(torch.randn, i), i))
             delta = delta * per_image(state.random(radius, i), delta)
-        return self.clip(state, state.x[i] + self.eps * delta, i)
+        return self.clip(state, state.x[i] + state.own(self.eps, i) * delta, i)
 
 # %% ../../nbs/04_fgsm.ipynb #04-014z
 def project(
     delta: Tensor,  # Perturbations `[B,...]`
-    eps: Tensor,  # Radius of each ball `[B]`
+    eps: float | Tensor,  # Radius: a number, or a tensor that broadcasts against `delta`
     p: float,  # Norm: 1, 2 or inf
 ) -> Tensor:  # `[B,...]`
     "The nearest perturbations within balls; for p = 1 by sorting (Duchi et al., 2008, figure 1)."
-    radius = per_image(eps, delta)
     if p == torch.inf:
-        return delta.minimum(radius).maximum(-radius)
+        return delta.clamp(-eps, eps)
+    radius = eps.flatten() if isinstance(eps, Tensor) else eps
     if p == 2:
-        factor = eps / norm(delta).clamp_min(torch.finfo(delta.dtype).tiny)
+        factor = norm(delta).clamp_min(torch.finfo(delta.dtype).tiny).reciprocal() * radius
         return delta * per_image(factor.clamp_max(1), delta)
     size = delta.flatten(1).abs()
     ordered = size.sort(1, descending=True).values
     rank = torch.arange(1, size.shape[1] + 1, device=delta.device)
-    excess = (ordered.cumsum(1) - eps[:, None]) / rank
-    cut = excess.gather(1, (ordered > excess).sum(1, keepdim=True).clamp_min(1) - 1)
-    size = (size - cut.clamp_min(0)).clamp_min(0)
-    return delta.sign() * size.view_as(delta)
+    excess = (ordered.cumsum(1) - (size.new_zeros(len(size)) + radius)[:, None]) / rank
+    last = (ordered > excess).sum(1, keepdim=True).clamp_min(1) - 1
+    cut = excess.gather(1, last).clamp_min(0)
+    return delta.sign() * (size - cut).clamp_min(0).view_as(delta)
 
 # %% ../../nbs/04_fgsm.ipynb #04-016
 @attack(minimum_norm=False, first=lambda own: _losses[own['loss']])
 def fgsm(
     *,
-    eps: float = 0.3,  # Length of the step, in units of a pixel, 0 or more
+    eps: float | Tensor = 0.3,  # Length of the step, as for `Ball`
     p: float = torch.inf,  # Norm of the step: inf or 2
     loss: str = 'ce',  # 'ce', 'joint' (-log p(x,y), as in the report's code) or 'dlr'
 ):
@@ -158,7 +161,8 @@ def fgsm(
     _check_loss(loss)
 
     def solve(state):
-        return ball.clip(state, state.x + eps * ball.steepest(state.start.gradient), state.all)
+        step = state.own(eps, state.all) * ball.steepest(state.start.gradient)
+        return ball.clip(state, state.x + step, state.all)
 
     return solve
 
@@ -198,13 +202,13 @@ class _Ascent:
         else:
             check_positive(step_size=self.step_size)
 
-    def memory(self, x):
+    def memory(self, x, eps):
         "What the algorithm keeps for each image, besides its point, for one that starts at `x`"
         return {}
 
     def step(self, state, now, n):
         "Moves `now.x` along `now.gradient`: the `n`-th step"
-        x = now.x + self.step_size * self.ball.steepest(now.gradient)
+        x = now.x + state.own(self.step_size, now.i) * self.ball.steepest(now.gradient)
         now.x = self.ball.clip(state, x, now.i)
 
     def climb(self, state, best, i):
@@ -215,7 +219,7 @@ class _Ascent:
             return _losses[self.loss](logits, state.y[i], target)
 
         x = self.ball.random_start(state, i) if self.random_start else state.x[i]
-        now = _PerImage(i=i, x=x, **self.memory(x))
+        now = _PerImage(i=i, x=x, **self.memory(x, state.own(self.ball.eps, i)))
         for n in range(self.steps):
             logits, now.gradient = state.gradient(objective, now.x, now.i)
             best.update(now.x, logits, now.i)
@@ -240,7 +244,7 @@ class _Ascent:
 @attack(minimum_norm=False)
 def pgd(
     *,
-    eps: float = 0.3,  # Radius of the ball, in units of a pixel, 0 or more
+    eps: float | Tensor = 0.3,  # Radius of the ball, as for `Ball`
     p: float = torch.inf,  # Norm of the ball: inf or 2
     # Length of a step, in units of a pixel, above 0; default `2.5*eps/steps`
     step_size: float | None = None,
@@ -271,7 +275,7 @@ class _Momentum(_Ascent):
         super().__post_init__()
         check_range(0, math.inf, decay=self.decay)
 
-    def memory(self, x):
+    def memory(self, x, eps):
         return dict(momentum=torch.zeros_like(x))
 
     def step(self, state, now, n):
@@ -284,7 +288,7 @@ class _Momentum(_Ascent):
 @attack(minimum_norm=False)
 def mim(
     *,
-    eps: float = 0.3,  # Radius of the ball, in units of a pixel, 0 or more
+    eps: float | Tensor = 0.3,  # Radius of the ball, as for `Ball`
     p: float = torch.inf,  # Norm of the ball: inf or 2
     # Length of a step, in units of a pixel, above 0; default `eps/steps`
     step_size: float | None = None,
@@ -320,8 +324,9 @@ class _AutoAscent(_Ascent):
         check_range(0, 1, alpha=self.alpha, rho=self.rho)
         self.periods = _periods(self.steps)
 
-    def memory(self, x):
+    def memory(self, x, eps):
         zeros = x.new_zeros(len(x))
+        size = eps if isinstance(eps, Tensor) else per_image(zeros, x) + eps
         lowest = zeros - torch.inf
         return dict(
             top=_PerImage(x=x, gradient=torch.zeros_like(x), value=lowest),  # highest so far
@@ -329,7 +334,7 @@ class _AutoAscent(_Ascent):
             last_x=x,
             last_value=lowest,
             rises=zeros,  # since the last checkpoint
-            size=zeros + 2 * self.ball.eps,
+            size=2 * size,  # `[B,1,...]`, or of channels or pixels
             is_halved=zeros == 0,  # at the last checkpoint
         )
 
@@ -340,11 +345,11 @@ class _AutoAscent(_Ascent):
         if n in self.periods:
             has_no_gain = ~now.is_halved & (now.top.value == now.checked)
             now.is_halved = (now.rises < self.rho * self.periods[n]) | has_no_gain
-            now.size = torch.where(now.is_halved, now.size / 2, now.size)
+            now.size = torch.where(per_image(now.is_halved, now.size), now.size / 2, now.size)
             here = now.top.where(now.is_halved, here)
             now.rises, now.checked = torch.zeros_like(now.rises), now.top.value
         alpha = self.alpha if n else 1
-        z = here.x + per_image(now.size, here.x) * self.ball.steepest(here.gradient)
+        z = here.x + now.size * self.ball.steepest(here.gradient)
         z = self.ball.clip(state, z, now.i)
         x = here.x + alpha * (z - here.x) + (1 - alpha) * (here.x - now.last_x)
         now.x, now.last_x = self.ball.clip(state, x, now.i), here.x
@@ -354,7 +359,7 @@ class _AutoAscent(_Ascent):
 @attack(minimum_norm=False)
 def apgd(
     *,
-    eps: float = 0.3,  # Radius of the ball, in units of a pixel, 0 or more
+    eps: float | Tensor = 0.3,  # Radius of the ball, as for `Ball`
     p: float = torch.inf,  # Norm of the ball: inf or 2
     steps: int = 100,  # Steps of each restart, 1 or more
     restarts: int = 1,  # Random starts, 1 or more; only images without a success take the next one

@@ -61,4 +61,6 @@ class PairMargin:
             doubt = state.is_adversarial(logits, i).nonzero().squeeze(1)
             if len(doubt):
                 logits[doubt] = state.logits(x[doubt], i[doubt])
-        return logits, state.defined(g, i)
+        g = state.defined(g, i)
+        state.record(x[:, None], logits[:, None], i, g)
+        return logits, g

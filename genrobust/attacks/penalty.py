@@ -20,7 +20,7 @@ from genrobust.attacks.engine import (
     check_positive,
     check_range,
 )
-from .result import rounding_tolerance
+from .result import per_image, rounding_tolerance
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-010
 class Adam:
@@ -72,7 +72,7 @@ def _descend(best, start, steps, gradient, evaluate):
             return success
         rate = lr[i, None] * (1 + math.cos(math.pi * t / steps)) / 2
         x.flatten(1)[index] += rate * adam.step(g + 2 * delta[index], *index)
-        x[i] = state.clip(x[i])
+        x[i] = state.clip(x[i], i)
     success[i] |= best.update(x[i], evaluate(x[i], i), i)
     return success
 
@@ -118,10 +118,10 @@ def linear_scale(
     The first step covers a share of the distance. Per pixel, that distance is held between a
     ten-thousandth of the image's range and that range, or a tenth of the bounds' if that is less.
     """
-    n, width, flat = state.x[0].numel(), state.bounds[1] - state.bounds[0], state.x.flatten(1)
+    n, width, flat = state.n_free, state.width, state.x.flatten(1)
     scale = flat.amax(1) - flat.amin(1)
     scale = torch.where(scale > 0, scale, width)  # bounds may be much wider than the data
-    pixel = (distance / math.sqrt(n)).maximum(1e-4 * scale).minimum(scale.clamp_max(0.1 * width))
+    pixel = (distance / n**0.5).maximum(1e-4 * scale).minimum(scale.clamp_max(0.1 * width))
     weight = 5 * n * pixel**2 / gap.abs().clamp_min(torch.finfo(gap.dtype).eps)
     return (
         weight if c is None else torch.full_like(weight, c),
@@ -131,16 +131,17 @@ def linear_scale(
 # %% ../../nbs/06_carlini_wagner.ipynb #06-020a
 def _flat_step(state, gap, w):
     "The smallest step within bounds that closes `gap` at slope `w` `[B,D]`, and its length"
-    x, (low, high), multiplier = state.x.flatten(1), state.bounds, torch.zeros_like(gap)
+    x, w, multiplier = state.x, w.view_as(state.x), torch.zeros_like(gap)
+    low, high = state.bounds
     for _ in range(20):  # Newton's method in the multiplier is exact after finitely many steps
-        z = x + multiplier[:, None] * w
+        z = x + per_image(multiplier, x) * w
         is_free = torch.where(w > 0, z < high, z > low)
-        left = gap - (w * (state.clip(z) - x)).sum(1)
-        multiplier = multiplier + left / (w.square() * is_free).sum(1)
-    step = state.clip(x + multiplier[:, None] * w) - x
+        left = gap - (w * (state.clip(z) - x)).flatten(1).sum(1)
+        multiplier = multiplier + left / (w.square() * is_free).flatten(1).sum(1)
+    step = state.clip(x + per_image(multiplier, x) * w) - x
     exists = multiplier.isfinite()
-    length = torch.where(exists, step.norm(dim=1), torch.inf)
-    return torch.where(exists[:, None], step, 0).view_as(state.x), length
+    length = torch.where(exists, step.flatten(1).norm(dim=1), torch.inf)
+    return torch.where(per_image(exists, x), step, 0), length
 
 
 def _start(state, kappa, c, lr):

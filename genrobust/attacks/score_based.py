@@ -38,7 +38,7 @@ def random_directions(
         def draw_part(shape, generator, size=len(part)):
             return draw((size, *shape), generator=generator)
 
-        yield state.random(draw_part, i)
+        yield state.free(state.random(draw_part, i), i)
 
 
 def _rademacher(shape, generator):
@@ -49,16 +49,16 @@ def _slope(state, x, i, samples, h):
     "The gradient of the margin: a mean of directions, each times the slope along it"
     g = torch.zeros_like(x)
     for v in random_directions(state, _rademacher, samples, i):
-        points = state.clip(torch.cat([x[:, None] + h * v, x[:, None] - h * v], 1))
+        points = state.clip(torch.cat([x[:, None] + h * v, x[:, None] - h * v], 1), i)
         above, below = query_points(state, state.margin, points, i).chunk(2, 1)
         g += torch.einsum('bn,bn...->b...', (above - below) / (2 * h * samples), v)
     return g
 
 # %% ../../nbs/08_score_based.ipynb #08-017
-@attack(minimum_norm=False)
+@attack(minimum_norm=False, black_box=True)
 def spsa(
     *,
-    eps: float = 0.3,  # Radius of the ball, in units of a pixel, 0 or more
+    eps: float | Tensor = 0.3,  # Radius of the ball, as for `Ball`
     p: float = torch.inf,  # Norm of the ball: inf or 2
     steps: int = 100,  # Steps of Adam, 1 or more
     samples: int = 64,  # Directions a step, 1 or more; two queries each, and one for the new point
@@ -114,8 +114,14 @@ def _window(state, i, sides, size):
     "Flat indices `[len(i),channels,h*w]` of a window of these sides, anywhere within the image"
     (h, w), (channels, height, width) = sides, size
     corner = state.random(lambda _, generator: torch.rand(2, generator=generator), i)
-    top = (corner[:, 0] * (height - h + 1)).long().clamp_max(height - h)
-    left = (corner[:, 1] * (width - w + 1)).long().clamp_max(width - w)
+    top = (corner[:, 0] * (height - h + 1)).long()
+    left = (corner[:, 1] * (width - w + 1)).long()
+    if state.mask is not None:  # around one of the pixels that may change
+        free = state.mask[i].reshape(len(i), channels, -1).any(1)
+        pixel = (free.cumsum(1) <= corner[:, :1] * free.sum(1, keepdim=True)).sum(1)
+        top = torch.where(free.all(1), top, pixel // width - h // 2).clamp_min(0)
+        left = torch.where(free.all(1), left, pixel % width - w // 2).clamp_min(0)
+    top, left = top.clamp_max(height - h), left.clamp_max(width - w)
     rows = top[:, None] + torch.arange(h, device=i.device)
     columns = left[:, None] + torch.arange(w, device=i.device)
     flat = (rows[:, :, None] * width + columns[:, None]).flatten(1)
@@ -126,19 +132,25 @@ def _stripes(state, ball):
     "Each column of each channel `eps` above or below"
     channels, height, width = _size(state.x)
     signs = _signs(state, state.all, channels, 1, width).expand(-1, -1, height, -1)
-    return ball.clip(state, state.x + ball.eps * signs.reshape(state.x.shape), state.all)
+    delta = state.own(ball.eps, state.all) * signs.reshape(state.x.shape)
+    return ball.clip(state, state.x + delta, state.all)
 
 
 def _square(state, x, i, ball, share):
     "One square at a corner of the ball in each channel, the opposite one if nothing else changes"
     channels, *sides = size = _size(x)
     window = _window(state, i, _sides(share, *sides), size)
-    now = x.view(len(i), channels, -1)
-    old, centre = now.gather(2, window), state.x[i].view_as(now).gather(2, window)
-    step = ball.eps * _signs(state, i, channels, 1)
-    new = within_reach(state.clip(centre + step), centre, ball.eps)
-    opposite = within_reach(state.clip(centre - step), centre, ball.eps)
+
+    def pick(pixels):
+        return pixels.reshape(len(i), channels, -1).gather(2, window)
+
+    old, centre, eps = pick(x), pick(state.x[i]), state.own(ball.eps, i)
+    eps = pick(eps.expand_as(x)) if isinstance(eps, Tensor) else eps
+    step = eps * _signs(state, i, channels, 1)
+    new = within_reach(state.clip(centre + step, i, pick), centre, eps)
+    opposite = within_reach(state.clip(centre - step, i, pick), centre, eps)
     is_idle = (new == old).flatten(1).all(1)[:, None, None]
+    now = x.view(len(i), channels, -1)
     return now.scatter(2, window, torch.where(is_idle, opposite, new)).view_as(x)
 
 # %% ../../nbs/08_score_based.ipynb #08-040
@@ -163,8 +175,8 @@ def _tiles(state, ball):
     tiles = torch.kron(_signs(state, state.all, channels, 5, 5), tile)
     height, width = (n - covered for n, covered in zip(size, tiles.shape[2:]))
     frame = (width // 2, width - width // 2, height // 2, height - height // 2)
-    delta = unit(F.pad(tiles, frame).reshape(state.x.shape), 2)
-    return state.clip(state.x + ball.eps * delta)
+    delta = unit(state.free(F.pad(tiles, frame).reshape(state.x.shape), state.all), 2)
+    return state.clip(state.x + state.own(ball.eps, state.all) * delta)
 
 # %% ../../nbs/08_score_based.ipynb #08-040a
 def _two_squares(state, x, i, ball, share):
@@ -175,19 +187,25 @@ def _two_squares(state, x, i, ball, share):
     centre = state.x[i].view(len(i), channels, -1)
     delta = x.view_as(centre) - centre
     rest = delta.scatter(2, first, 0).scatter(2, second, 0)
-    unspent = (ball.eps**2 - delta.square().sum((1, 2))).clamp_min(0)
+    eps = state.own(ball.eps**2, i)
+    eps = eps.flatten() if isinstance(eps, Tensor) else eps
+    unspent = (eps - delta.square().sum((1, 2))).clamp_min(0)
     budget = ((delta - rest).square().sum(2) + unspent[:, None] / channels).sqrt()
     upright, lying = _hill_and_valley(h, w, x), _hill_and_valley(w, h, x).T
     pattern = torch.where(_signs(state, i, 1) > 0, upright.flatten(), lying.flatten())
     bump = _signs(state, i, channels, 1) * pattern[:, None]
-    bump = F.normalize(bump + F.normalize(delta.gather(2, first), dim=2), dim=2)
-    return state.clip(centre + rest.scatter(2, first, budget[:, :, None] * bump)).view_as(x)
+    bump = bump + F.normalize(delta.gather(2, first), dim=2)
+    if state.mask is not None:
+        bump = bump * state.mask[i].reshape(len(i), channels, -1).gather(2, first)
+    bump = F.normalize(bump, dim=2)
+    moved = centre + rest.scatter(2, first, budget[:, :, None] * bump)
+    return state.clip(moved.view_as(x), i)
 
 # %% ../../nbs/08_score_based.ipynb #08-043
-@attack(minimum_norm=False)
+@attack(minimum_norm=False, black_box=True)
 def square(
     *,
-    eps: float = 0.3,  # Radius of the ball, in units of a pixel, 0 or more
+    eps: float | Tensor = 0.3,  # Radius of the ball, as for `Ball`
     p: float = torch.inf,  # Norm of the ball: inf or 2
     # Query budget of an image, besides the first evaluation and the last, 1 or more
     max_queries: int = 5000,

@@ -54,15 +54,16 @@ class _Walk:
         dual = {1: math.inf, 2: 2, math.inf: 1}[self.p]
         slope = norm(grad_f.flatten(0, 1), dual).view(f.shape)
         distance = (f.abs() / slope.clamp_min(torch.finfo(slope.dtype).tiny)).amin(1)
-        width = state.bounds[1] - state.bounds[0]
-        return distance.to(state.x.dtype).clamp(1e-4 * width, width * state.x[0].numel())
+        width = state.width + torch.zeros_like(distance)
+        distance = distance.maximum(1e-4 * width).minimum(width * state.x[0].numel())
+        return distance.to(state.x.dtype)
 
     def move(self, delta, g, eps, size):
         "One step of length `size` `[b]` against `g`, and onto balls of radius `eps` `[b]`"
         step = unit(g, self.p if self.p != 1 else 2)
         delta = delta - per_image(size, delta) * step
         if not self.is_sphere:
-            return project(delta, eps, self.p)
+            return project(delta, per_image(eps, delta), self.p)
         return delta * per_image(eps / norm(delta).clamp_min(torch.finfo(delta.dtype).tiny), delta)
 
     def __call__(self, state: AttackState) -> Tensor:
@@ -77,7 +78,7 @@ class _Walk:
             gamma = self.gamma * max(share, 1 / 300)
             size = self.step_size * max(share, 1 / 200) * eps
             eps = eps * torch.where(is_beyond, 1 - gamma, 1 + gamma)
-            x = state.clip(state.x + self.move(x - state.x, g, eps, size))
+            x = state.clip(state.x + self.move(x - state.x, g, eps, size), i)
         best.update(x, state.logits(x, i), i)
         return best.x
 

@@ -52,23 +52,29 @@ class FiniteDifferences:
     def order(self, x: Tensor, i: Tensor) -> Tensor:
         "Pixels in the order to visit them, `[len(i),D]`: those visited least first, or drawn."
         u = self.state.random(torch.rand, i).flatten(1)
+        if self.state.mask is not None:  # pixels that may not change come last
+            u = u.masked_fill(~self.state.mask[i].flatten(1), -torch.inf)
         if not self.importance:
             return (self.visits[i] - u).argsort(1)
         weight = (x[i] - self.state.x[i]).flatten(1).abs()
         weight = weight + weight.mean(1, keepdim=True) + torch.finfo(x.dtype).tiny
-        gumbel = -(-u.log()).log()  # the largest sums are a draw without replacement
+        gumbel = -(-u.clamp_min(0).log()).log()  # the largest sums are a draw without replacement
         return (weight.log() + gumbel).argsort(1, descending=True)
 
     def slopes(self, f: Callable, x: Tensor, i: Tensor, j: Tensor) -> Tensor:
         "Of `f(logits, i)` along pixels `j` `[len(i),n]` at `x[i]`, shaped like `j`."
         flat, n = x[i].flatten(1), j.shape[1]
         here = flat.gather(1, j)
-        up, down = self.state.clip(here + self.h), self.state.clip(here - self.h)
+
+        def pick(pixels):
+            return pixels.flatten(1).gather(1, j)
+
+        up, down = (self.state.clip(here + h, i, pick) for h in (self.h, -self.h))
         points = flat[:, None].repeat(1, 2 * n, 1)
         points.scatter_(2, j.repeat(1, 2)[..., None], torch.cat([up, down], 1)[..., None])
         points = points.unflatten(2, x.shape[1:])
         values = query_points(self.state, f, points, i, self.repeats)
-        return (values[:, :n] - values[:, n:]) / (up - down)
+        return torch.where(up > down, (values[:, :n] - values[:, n:]) / (up - down), 0)
 
     def gradient(
         self, f: Callable, x: Tensor, i: Tensor
@@ -83,7 +89,7 @@ class FiniteDifferences:
 # %% ../../nbs/07_zoo.ipynb #07-018
 def check_difference(state: AttackState, h: float) -> None:
     "Raise a `ValueError` where pixels `h` apart would be the same after rounding."
-    least = 16 * torch.finfo(state.x.dtype).eps * max(map(abs, state.bounds))
+    least = 16 * torch.finfo(state.x.dtype).eps * state.largest
     require(h >= least, f'h must be at least {least:.2g}, or rounding swallows it, found {h}')
 
 
@@ -91,7 +97,7 @@ def _start(state, differences, kappa, c, lr):
     "The images; weights and learning rates from the slopes in a few pixels"
     logits, g, _ = differences.gradient(state.margin, state.x, state.all)
     gap = state.margin_target(logits, state.all, kappa)
-    distance = gap / (state.x[0].numel() * g.square().mean(1)).sqrt()
+    distance = gap / (state.n_free * g.square().mean(1)).sqrt()
     return state.x.clone(), *linear_scale(state, distance, gap, 2, c, lr)
 
 
@@ -107,7 +113,7 @@ def _steps(max_queries, repeats, coordinates, binary_search_steps):
     return steps
 
 # %% ../../nbs/07_zoo.ipynb #07-018a
-@attack()
+@attack(black_box=True)
 def zoo(
     *,
     # Query budget of an image, besides the first evaluation and the last, 1 or more; one that is
@@ -134,7 +140,7 @@ def zoo(
 
     def solve(state):
         check_difference(state, h)
-        n = min(coordinates, state.x[0].numel())
+        n = min(coordinates, int(torch.as_tensor(state.n_free).max()))
         steps = _steps(max_queries, repeats, n, binary_search_steps)
         differences = FiniteDifferences(state, h, n, importance, repeats)
         start = _start(state, differences, kappa, c, lr)
