@@ -6,6 +6,7 @@
 __all__ = ['PairMargin']
 
 # %% ../../nbs/32_pairs.ipynb #32-005
+from collections.abc import Callable
 from inspect import signature
 
 import torch
@@ -18,12 +19,17 @@ from .engine import AttackState
 class PairMargin:
     """The margin of each image under attack, through the two classes that make it
 
-    A model that offers `per_class_logits(xc, classes)` evaluates these two classes alone; `look`
-    evaluates all of them, and chooses the pair. Other models evaluate all classes every time.
+    A model that offers `per_class_logits(xc, classes)` evaluates these two classes alone, and all
+    of them, to choose the pair anew, every `refresh` steps. Other models evaluate all classes
+    every time.
     """
 
-    def __init__(self, state: AttackState):
-        self.state = state
+    def __init__(
+        self,
+        state: AttackState,  # Images under attack
+        refresh: int = 20,  # Calls of `gradient` from one choice of pairs to the next
+    ):
+        self.state, self.refresh, self.calls = state, refresh, 0
         decode = getattr(state.model, 'per_class_logits', None)
         self.is_partial = decode is not None and 'classes' in signature(decode).parameters
         self.classes = self._pairs(state.start.logits, state.all)  # to leave, to reach
@@ -31,36 +37,46 @@ class PairMargin:
     def _pairs(self, logits, i):
         return torch.cat(self.state.rivals(logits, i, 1), 1)
 
-    def look(self, x: Tensor, i: Tensor) -> None:
-        "Choose pairs anew at points `x` `[b,...]` of images `i`, for one forward pass."
-        if self.is_partial:
+    def _choose(self, x, i):
+        "Pairs at points `x` `[b,...]` of images `i`; those at the images themselves are known"
+        if self.calls % self.refresh == 0 and x is not self.state.x:
             self.classes[i] = self._pairs(self.state.logits(x, i), i)
+        self.calls += 1
+        return self.classes[i]
 
     def _decode(self, copies, classes):
-        pair, g = gradient_of(
-            lambda pair, _: pair[:, 0] - pair[:, 1],
+        "Logits of pairs, and the gradient of each with respect to its copy of the image"
+        return gradient_of(
+            lambda pair, _: pair.sum(1),
             lambda copies: self.state.model.per_class_logits(copies, classes),
             copies,
             classes,
         )
-        return pair, g.sum(1)
 
-    def gradient(self, x: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits `[b,C]` and the gradient of the margin `[b,...]`, for one forward and one backward
-        pass, or the share of two in C classes; then the other classes' logits are one nat below
-        those two, unless a target seems to be reached, which takes a look."""
+    def gradient(
+        self,
+        objective: Callable,  # Of the margin alone: `(logits, i)` to `[b]`
+        x: Tensor,  # Points `[b,...]`
+        i: Tensor,  # Of which images `[b]`
+    ) -> tuple[Tensor, Tensor]:  # `[b,C]`, `[b,...]`
+        """As `AttackState.gradient`, or for the share of two in C classes: then the logits of
+        other classes are given as far below the pair's, but where a target seems to be reached,
+        which takes a forward pass."""
         state = self.state
         if not self.is_partial:
-            return state.gradient(state.margin, x, i)
-        classes, copies = self.classes[i], x.detach()[:, None].expand(-1, 2, *x.shape[1:])
-        pair, g = over_parts(self._decode, state.model, copies, classes)
+            return state.gradient(objective, x, i)
+        classes, copies = self._choose(x, i), x.detach()[:, None].expand(-1, 2, *x.shape[1:])
+        pair, J = over_parts(self._decode, state.model, copies, classes)
         state.partial[:, i] += 2 / state.n_classes
-        logits = (pair.amin(1, keepdim=True) - 1).repeat(1, state.n_classes)
-        logits.scatter_(1, classes, pair)
+        below = pair.amin(1) - 1 - pair.abs().amax(1)
+        logits = below[:, None].repeat(1, state.n_classes)
+        logits = logits.scatter(1, classes, pair).requires_grad_()
+        slopes = torch.autograd.grad(objective(logits, i).sum(), logits)[0].gather(1, classes)
+        g = state.defined(torch.einsum('bm,bm...->b...', slopes.to(J), J), i)
+        logits = logits.detach()
         if state.target is not None:
             doubt = state.is_adversarial(logits, i).nonzero().squeeze(1)
             if len(doubt):
                 logits[doubt] = state.logits(x[doubt], i[doubt])
-        g = state.defined(g, i)
         state.record(x[:, None], logits[:, None], i, g)
         return logits, g

@@ -67,12 +67,10 @@ class _Walk:
         return delta * per_image(eps / norm(delta).clamp_min(torch.finfo(delta.dtype).tiny), delta)
 
     def __call__(self, state: AttackState) -> Tensor:
-        best, pairs, i = BestNorm(state, self.p), PairMargin(state), state.all
+        best, pairs, i = BestNorm(state, self.p), PairMargin(state, self.refresh), state.all
         x, eps = state.x, self.first_norm(state)
         for n in range(self.steps):
-            if n and n % self.refresh == 0:
-                pairs.look(x, i)
-            logits, g = pairs.gradient(x, i)
+            logits, g = pairs.gradient(state.margin, x, i)
             is_beyond = best.update(x, logits, i)
             share = (1 + math.cos(math.pi * n / self.steps)) / 2  # falls from 1 to 0
             gamma = self.gamma * max(share, 1 / 300)
@@ -93,7 +91,7 @@ def ddn(
     # Share by which the norm falls or rises at the first step, in (0, 1); it falls to 1/300 of that
     gamma: float = 0.3,
     step_size: float = 1.0,  # Of the first step, in units of the norm, above 0; it falls to 1/200
-    refresh: int = 10,  # Steps after which the two classes are chosen anew, where that saves passes
+    refresh: int = 20,  # Steps after which the two classes are chosen anew, where that saves passes
 ):
     "Decoupled direction and norm (Rony et al., 2019, algorithm 1), on the margin, in l2."
     return _Walk(2, steps, init_norm, gamma, step_size, refresh, is_sphere=True)
@@ -106,7 +104,7 @@ def fmn(
     steps: int = 100,  # Number of steps, 1 or more
     gamma: float = 0.3,  # As for `ddn`
     step_size: float = 1.0,  # As for `ddn`
-    refresh: int = 10,  # As for `ddn`
+    refresh: int = 20,  # As for `ddn`
 ):
     "Fast minimum-norm attack (Pintor et al., 2021, algorithm 1), on the margin."
     return _Walk(p, steps, None, gamma, step_size, refresh)
