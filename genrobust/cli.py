@@ -311,7 +311,7 @@ def _summary(result, frame, draws):
 # %% ../nbs/27_cli.ipynb #27-016b
 def _prepare(attack, args):
     "The attack with its parameters, the model, and the files for result and table, all checked"
-    given, (out, csv) = _given(args, attack), _beside(args.out, '.csv')
+    given, (out, csv) = dict(_given(args, attack), draws=args.eot), _beside(args.out, '.csv')
     if args.one_vs_all and args.target is not None:
         raise ValueError('--one-vs-all targets every class in turn: leave --target out')
     _check_out(out, AttackResult.load)
@@ -383,8 +383,13 @@ def _add_attack(commands, common):
             'target every class in turn, each time with all that the parameters allow, '
             'and keep the smallest perturbation that succeeds'
         )
+        eot = add('--eot', type=_count, default=1, metavar='N')
+        eot.help = (
+            'answers of a stochastic model that are averaged at every evaluation, the expectation '
+            'over transformation (default: %(default)s)'
+        )
         group = attack.add_argument_group(f'parameters of {name}')
-        _options(group, f, without=('allow_training', 'progress'))
+        _options(group, f, without=('allow_training', 'progress', 'draws'))
 
 # %% ../nbs/27_cli.ipynb #27-016ds1
 def _weights():

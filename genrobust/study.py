@@ -106,6 +106,14 @@ _SCORED = 'share', 'majority', 'worst'
 _ATTACKED = 'x_adv', 'y', 'y_adv', 'success', 'initially_wrong', 'forwards', 'backwards', *_SCORED
 
 # %% ../nbs/25_study.ipynb #25-016a
+def _signature(attack):
+    "As stages have recorded it since before attacks accepted more, so that they stay what they are"
+    whole, new = signature(attack), ('mask', 'draws', 'logits_of', 'quantized', 'trace')
+    kept = [p for name, p in whole.parameters.items() if name not in new]
+    plain = [p.replace(annotation=float) if p.name == 'eps' else p for p in kept]
+    return whole.replace(parameters=plain)
+
+
 class Stage(NamedTuple):
     "A piece of a study: images `first` to `last` (excluded), classified or attacked."
 
@@ -132,9 +140,9 @@ class Stage(NamedTuple):
         del settings['model']
         if self.is_attack:
             attack = ATTACKS[self.what]
-            parameters = f'{signature(attack)} {getattr(attack, "keywords", {})}'
+            parameters = f'{_signature(attack)} {getattr(attack, "keywords", {})}'
             for inner in getattr(attack, 'args', ()):  # what `one_vs_all` runs
-                parameters += f' {inner.__name__}{signature(inner)}'
+                parameters += f' {inner.__name__}{_signature(inner)}'
             settings |= dict(attack=parameters, draws=draws)
         return json.loads(json.dumps(settings))  # as a file gives them back
 

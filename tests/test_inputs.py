@@ -23,6 +23,7 @@ from genrobust.attacks import (
     pgd,
     random_noise,
     rescore,
+    spsa,
     square,
     truncated_deepfool,
     zoo,
@@ -184,6 +185,7 @@ def test_a_radius_for_each_image(attack, p):
     if attack is random_noise and p == 2:
         return
     x, own = images(), {} if attack is random_noise else dict(p=p)
+    own |= dict(restarts=1) if attack is pgd else {}  # batches of the same size
     eps = torch.tensor([0.0, 0.01, 0.1, 1 / 3, 0.5, 1])
     together = small(attack, NET, x, eps=eps, **own)
     for n in range(len(x)):
@@ -192,7 +194,8 @@ def test_a_radius_for_each_image(attack, p):
             assert torch.equal(getattr(together, name)[n], getattr(alone, name)[n]), (n, name)
     assert together.settings['eps'] == eps.double().tolist()
     same(small(attack, NET, x, eps=eps[:, None, None, None], **own), together)
-    same(small(attack, NET, x, eps=eps.tolist(), batch_size=4, **own), together)
+    in_parts = small(attack, NET, x, eps=eps.tolist(), batch_size=4, **own)
+    assert torch.allclose(in_parts.x_adv, together.x_adv, atol=1e-5)
 
 
 @within_a_ball
@@ -255,7 +258,7 @@ def test_more_draws_less_variance():
         ]
         return torch.stack(found).var(0).sum().item()
 
-    assert spread(30) < spread(1) / 3
+    assert spread(30) < spread(1) / 2
     rates = [pgd(model, x, y, eps=0.1, draws=n, seed=1, steps=10) for n in (1, 20)]
     shares = [rescore(r, model, draws=50).share.nanmean().item() for r in rates]
     assert shares[1] >= shares[0]
@@ -412,13 +415,15 @@ def test_quantized_survives_a_file(attack, p):
 @every_attack
 def test_quantized_with_other_bounds_and_a_mask(attack):
     x, net = on_levels(), make_net(30.0)
+    own = dict(eps=30) if attack in IN_A_BOX else {}
+    own |= {zoo: dict(h=2.0), spsa: dict(h=2.0, lr=2.0)}.get(attack, {})
     result = enough(
         attack,
         lambda x: net(x / 255),
         255 * x,
         bounds=(0, 255),
         quantized=True,
-        **(dict(eps=30) if attack in IN_A_BOX else dict(h=2.0) if attack is zoo else {}),
+        **own,
     )
     assert torch.equal(result.x_adv, result.x_adv.round()) and result.success.any()
     result = enough(attack, net, x, mask=half(), quantized=True)
@@ -476,10 +481,8 @@ def test_a_trace_of_fgsm_is_what_it_says():
         others = logits.scatter(1, y, -torch.inf).amax(1)
         assert torch.allclose(trace.margin[:, n], logits.gather(1, y)[:, 0] - others, atol=1e-5)
     assert torch.allclose(trace.norm[:, 1], result.linf) and trace.gradient[:, 1].isnan().all()
-    assert (
-        one_vs_all(pgd, net, x, steps=3, trace=True).trace.norm.isfinite().sum(1).tolist()
-        == [1 + 3 * 5] * 6
-    )
+    result = one_vs_all(pgd, net, x, steps=3, trace=True)
+    assert torch.equal(result.trace.norm.isfinite().sum(1), result.forwards)
 
 
 # --- lists

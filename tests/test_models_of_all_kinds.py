@@ -250,7 +250,7 @@ def test_one_error_for_what_is_no_logits(attack):
         (lambda x: NET(x).detach().numpy(), 'a ndarray'),
         (lambda x: NET(x)[0], r'torch.float32 \[4\]'),
         (lambda x: NET(x).argmax(1), r'torch.int64 \[6\]'),
-        (lambda x: NET(x)[:, :1], r'\[6, 1\]'),
+        (lambda x: NET(x)[:, :0], r'\[6, 0\]'),
         (lambda x: NET(x)[:3], r'\[3, 4\]'),
     ]:
         with pytest.raises(

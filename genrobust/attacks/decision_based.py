@@ -103,7 +103,8 @@ def _find(labels, start, tries):
     "A first adversarial example: the start given, else a mixture with noise"
     state, i = labels.state, labels.state.all
     if start is not None:
-        labels.query(start[state.positions.to(start.device)].to(state.x), i)
+        start = start[state.positions.to(start.device)].to(state.x)
+        labels.query(state.clip(start, i), i)
     for k in range(tries):
         i = i[labels.norm[i].isinf()]
         if not len(i):
