@@ -69,6 +69,7 @@ class Batch(NamedTuple):
     low: Tensor | None = None  # Smallest values of pixels `[B,...]`; None: one for all
     high: Tensor | None = None  # Largest values
     mask: Tensor | None = None  # Bool `[B,...]`: pixels that may change; None: all
+    numbers: Tensor | None = None  # Whose random numbers each gets `[B]`; None: by positions
 
 
 class Start(NamedTuple):
@@ -126,7 +127,8 @@ class AttackState:
         seed: int = 0,  # Of random numbers, which belong to an image's position
         trace: float | None = None,  # Norm of the perturbations that are recorded; None: nothing is
     ):
-        self.x, self.y, self.target, self.positions, low, high, self.mask = batch
+        self.x, self.y, self.target, self.positions, low, high, self.mask, numbers = batch
+        self.numbers = self.positions if numbers is None else numbers
         self.model, self.n_classes = model, start.logits.shape[1]
         self.bounds = bounds if low is None else (low.expand_as(self.x), high.expand_as(self.x))
         self.levels = Levels(*self.bounds)  # of 8 bits
@@ -301,7 +303,7 @@ class AttackState:
     def random(self, draw: Callable, i: Tensor) -> Tensor:
         "`draw(shape, generator)` for each image, from random numbers of its own, stacked."
         if self._generators is None:
-            seeds = [derive_seed(self.seed, n) for n in self.positions.tolist()]
+            seeds = [derive_seed(self.seed, n) for n in self.numbers.tolist()]
             self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         generators = [self._generators[n] for n in i.tolist()]
         shape = self.x.shape[1:]
@@ -417,14 +419,19 @@ def run(
     logits_of: Callable | None = None,
     quantized: bool = False,  # Adversarial examples on the 256 levels of a file, and still so
     trace: bool = False,  # Record margin and norms at every evaluation, as `result.trace`
+    # Whose random numbers each image gets, int `[N]`, where these are some of many images; default:
+    # 0 to N-1
+    numbers: Tensor | None = None,
 ) -> AttackResult:
     "Run an attack on all images, in batches; `ValueError` for input that makes no sense."
     check_model(model, allow_training)
     size = 256 if batch_size is None else batch_size
     check_counts(batch_size=size, draws=draws)
     model = model if logits_of is None else LogitsOf(model, logits_of)
-    images, numbers = _images(x, y, target, bounds, mask, quantized)
-    options = Options(numbers, check_seed(seed, low=-(2**63)), draws, quantized, trace)
+    images, plain = _images(x, y, target, bounds, mask, quantized)
+    if numbers is not None:
+        images = images._replace(numbers=as_labels(numbers, len(x), x.device, 'numbers'))
+    options = Options(plain, check_seed(seed, low=-(2**63)), draws, quantized, trace)
     recorded = _settings(settings, options, bounds, mask, logits_of)
     options = options._replace(eps=settings.get('eps'), p=settings.get('p', options.p))
     algorithm, device, found = Algorithm(solve, minimum_norm, first), device_of(model, x), []
