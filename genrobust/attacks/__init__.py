@@ -6,6 +6,7 @@ from .core import *
 from .gradient import *
 from .boundary import *
 from .penalty import *
+from .projection import *
 from .zeroth_order import *
 from .score_based import *
 from .decision_based import *
