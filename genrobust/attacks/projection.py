@@ -45,10 +45,10 @@ def _deepfool_point(state, x, i, found, p, overshoot):
     "From points `[b,...]` onto the nearest linearised boundary within the bounds, and beyond"
     logits, f, grad_f = found
     gap = (2 * rounding_tolerance(logits)[:, None] - f).to(x.dtype)
-    origin, bounds = state.x[i], _bounds(state, i)
+    bounds = _bounds(state, i)
     steps, sizes = bounded_step(x, gap, grad_f, p, bounds)
     step = steps[torch.arange(len(i), device=i.device), sizes.argmin(1)]
-    return (origin + (1 + overshoot) * (x - origin + step)).clamp(*bounds)
+    return (x + (1 + overshoot) * step).clamp(*bounds)
 
 # %% ../../nbs/15_projections.ipynb #15-024
 def _cross(state, p, steps, overshoot, rivals):
@@ -138,7 +138,7 @@ def superdeepfool(
     p: float = 2,  # Norm to keep small, in [1, inf]; the paper has 2
     steps: int = 100,  # Largest number of gradients after the first crossing, 1 or more
     deepfool_steps: int = 50,  # Largest number of steps to the first crossing, 1 or more
-    overshoot: float = 0.02,  # Share added to the sum of the steps, 0 or more
+    overshoot: float = 0.1,  # Share added to each DeepFool step, 0 or more
     # Classes considered up to the first crossing, the label and the strongest others, 2 or more;
     # None: all. After it the strongest other class is considered
     candidates: int | None = 4,
