@@ -15,6 +15,7 @@ from genrobust.attacks import (
     apgd,
     carlini_wagner,
     deepfool,
+    fab,
     fgsm,
     hop_skip_jump,
     jacobian,
@@ -26,6 +27,7 @@ from genrobust.attacks import (
     rescore,
     spsa,
     square,
+    superdeepfool,
     truncated_deepfool,
     zoo,
 )
@@ -35,13 +37,15 @@ from genrobust.models import CNN, BayesClassifier, load_pretrained
 
 JACOBIANS = [deepfool, truncated_deepfool]
 QUERIES = [zoo, spsa, square, hop_skip_jump]
-MINIMUM_NORM = [*JACOBIANS, carlini_wagner, zoo, hop_skip_jump]
+MINIMUM_NORM = [*JACOBIANS, carlini_wagner, superdeepfool, fab, zoo, hop_skip_jump]
 ATTACKS = [random_noise, fgsm, pgd, mim, apgd, spsa, square, *MINIMUM_NORM]
 SMALL = {
     pgd: dict(steps=5, restarts=2),
     mim: dict(steps=5),
     apgd: dict(steps=5),
     carlini_wagner: dict(steps=20, binary_search_steps=3),
+    superdeepfool: dict(steps=20),
+    fab: dict(steps=20),
     zoo: dict(max_queries=7000, coordinates=450),
     spsa: dict(steps=3, samples=4),
     square: dict(max_queries=20),
@@ -50,6 +54,8 @@ SMALL = {
 FEW = {
     zoo: dict(max_queries=70, coordinates=10),
     carlini_wagner: dict(steps=5, binary_search_steps=2),
+    superdeepfool: dict(steps=5, deepfool_steps=5),
+    fab: dict(steps=5),
     deepfool: dict(steps=5),
     truncated_deepfool: dict(steps=10),
 }  # where the model is slow and attacks need not succeed
