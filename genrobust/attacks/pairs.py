@@ -28,18 +28,21 @@ class PairMargin:
         self,
         state: AttackState,  # Images under attack
         refresh: int = 20,  # Calls of `gradient` from one choice of pairs to the next
+        classes: Tensor | None = None,  # To leave and to reach `[B,2]`, for good; default: chosen
     ):
         self.state, self.refresh, self.calls = state, refresh, 0
         decode = getattr(state.model, 'per_class_logits', None)
         self.is_partial = decode is not None and 'classes' in signature(decode).parameters
-        self.classes = self._pairs(state.start.logits, state.all)  # to leave, to reach
+        self.is_chosen = classes is None
+        self.classes = self._pairs(state.start.logits, state.all) if classes is None else classes
 
     def _pairs(self, logits, i):
         return torch.cat(self.state.rivals(logits, i, 1), 1)
 
     def _choose(self, x, i):
         "Pairs at points `x` `[b,...]` of images `i`; those at the images themselves are known"
-        if self.calls % self.refresh == 0 and x is not self.state.x:
+        is_due = self.is_chosen and self.calls % self.refresh == 0
+        if is_due and x is not self.state.x:
             self.classes[i] = self._pairs(self.state.logits(x, i), i)
         self.calls += 1
         return self.classes[i]

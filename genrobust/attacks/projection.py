@@ -19,6 +19,7 @@ from genrobust.attacks.engine import (
     check_counts,
     check_range,
 )
+from .pairs import PairMargin
 from .result import norm, other_logits, per_image, rounding_tolerance
 
 # %% ../../nbs/15_projections.ipynb #15-020
@@ -164,11 +165,13 @@ def _linearise(state, x, i, rivals, goal):
     "Logits, and differences to the rivals `[b,n]`, or to one class `goal` `[B]`, with gradients"
     if goal is None:
         return state.logit_differences(x, i, rivals)
+    classes = torch.stack([state.y, goal], 1)
 
     def difference(logits, i):
-        return (logits.gather(1, goal[i, None]) - logits.gather(1, state.y[i, None])).squeeze(1)
+        here, there = logits.gather(1, classes[i]).unbind(1)
+        return there - here
 
-    logits, grad_f = state.gradient(difference, x, i)
+    logits, grad_f = PairMargin(state, classes=classes).gradient(difference, x, i)
     return logits, difference(logits, i)[:, None], grad_f[:, None]
 
 # %% ../../nbs/15_projections.ipynb #15-042
