@@ -337,13 +337,17 @@ class BayesClassifier(FactorNetworks):
 
     def per_class_logits(
         self,
-        xc: Tensor,  # `[B,C,1,28,28]`: a copy of the image for each class
-        noise: Tensor | None = None,  # As for `log_terms`
-    ) -> Tensor:  # `[B,C]` nats
-        "Logits of which column c depends on `xc[:,c]` alone."
+        xc: Tensor,  # `[B,M,1,28,28]`: a copy of the image for each of M classes
+        classes: Tensor | None = None,  # Which classes, `[B,M]`; default: all C, in order
+        *,
+        noise: Tensor | None = None,  # Broadcasts to `[B,M,K,latent]`; default: drawn anew
+        draws: int = 1,  # Number of independent draws of K latents, over whose logits the mean is
+    ) -> Tensor:  # `[B,M]` nats
+        "Logits of which column m depends on `xc[:,m]` alone; other classes are not decoded."
         if noise is None:
-            noise = self._draw(len(xc), self.n_classes, self.n_samples)
-        return estimate_logits(self._terms(check_batch(xc, 5), self.labels[None], noise))
+            noise = self._draw(*check_batch(xc, 5).shape[:2], self.n_samples)
+        labels = self.labels[None] if classes is None else self.labels[classes]
+        return estimate_logits(self._terms(check_batch(xc, 5), labels, noise), draws)
 
     def _own(self, x, y):
         "Images and their one-hot labels as a grid of M = 1"
@@ -462,10 +466,14 @@ class FixedNoise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return estimate_logits(self.log_terms(x), self.draws)
 
-    def per_class_logits(self, xc: Tensor) -> Tensor:
+    def per_class_logits(
+        self,
+        xc: Tensor,  # `[B,M,1,28,28]`: a copy of the image for each of M classes
+        classes: Tensor | None = None,  # Which classes, `[B,M]`; default: all C, in order
+    ) -> Tensor:  # `[B,M]` nats
         "Those of `BayesClassifier`, on this noise."
-        terms = self.clf._terms(check_batch(xc, 5), self.clf.labels[None], self.noise)
-        return estimate_logits(terms, self.draws)
+        noise = self.noise if classes is None else self.noise[classes]
+        return self.clf.per_class_logits(xc, classes, noise=noise, draws=self.draws)
 
     def fixed(self, seed: int = 0, n_samples: int | None = None) -> nn.Module:
         "Itself, which has its noise already; or with another number of latents, another."

@@ -3,10 +3,12 @@ from .result import *
 from .autodiff import *
 from .inputs import *
 from .engine import *
+from .pairs import *
 from .core import *
 from .gradient import *
 from .boundary import *
 from .penalty import *
+from .sphere import *
 from .zeroth_order import *
 from .score_based import *
 from .decision_based import *

@@ -69,6 +69,7 @@ class Batch(NamedTuple):
     low: Tensor | None = None  # Smallest values of pixels `[B,...]`; None: one for all
     high: Tensor | None = None  # Largest values
     mask: Tensor | None = None  # Bool `[B,...]`: pixels that may change; None: all
+    numbers: Tensor | None = None  # Whose random numbers each gets `[B]`; None: by positions
 
 
 class Start(NamedTuple):
@@ -126,7 +127,8 @@ class AttackState:
         seed: int = 0,  # Of random numbers, which belong to an image's position
         trace: float | None = None,  # Norm of the perturbations that are recorded; None: nothing is
     ):
-        self.x, self.y, self.target, self.positions, low, high, self.mask = batch
+        self.x, self.y, self.target, self.positions, low, high, self.mask, numbers = batch
+        self.numbers = self.positions if numbers is None else numbers
         self.model, self.n_classes = model, start.logits.shape[1]
         self.bounds = bounds if low is None else (low.expand_as(self.x), high.expand_as(self.x))
         self.levels = Levels(*self.bounds)  # of 8 bits
@@ -135,6 +137,7 @@ class AttackState:
         self.seed, self.kappa, self._generators = seed, 0.0, None
         shape, device = (2, len(self.x)), self.x.device
         self.forwards, self.backwards = torch.zeros(shape, dtype=torch.long, device=device)
+        self.partial = torch.zeros(shape, dtype=torch.double, device=device)
         self.undefined = torch.zeros_like(self.x, dtype=torch.bool)
         if start.gradient is not None:
             start = start._replace(gradient=self.defined(start.gradient, self.all))
@@ -259,7 +262,7 @@ class AttackState:
 
         def less(values, logits, i):
             rows = torch.arange(len(i), device=i.device)[:, None]
-            here, goals = self._rivals(logits, i, most)
+            here, goals = self.rivals(logits, i, most)
             return values[rows, goals] - values[rows, here]
 
         if x is self.x and self.start.gradient is not None:
@@ -281,8 +284,8 @@ class AttackState:
             self.record(x[:, None], logits[:, None], i, grad_f[:, 0])
         return logits, f, grad_f
 
-    def _rivals(self, logits, i, most):
-        "The class to leave `[b,1]` and those to reach `[b,n]`: the target, or the `most` strongest"
+    def rivals(self, logits: Tensor, i: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
+        "The class to leave `[b,1]` and those to reach `[b,n]`: the target, or the `most` strongest."
         if self.target is not None:
             goals = self.target[i]
             return other_logits(logits, goals).argmax(1, keepdim=True), goals[:, None]
@@ -300,7 +303,7 @@ class AttackState:
     def random(self, draw: Callable, i: Tensor) -> Tensor:
         "`draw(shape, generator)` for each image, from random numbers of its own, stacked."
         if self._generators is None:
-            seeds = [derive_seed(self.seed, n) for n in self.positions.tolist()]
+            seeds = [derive_seed(self.seed, n) for n in self.numbers.tolist()]
             self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         generators = [self._generators[n] for n in i.tolist()]
         shape = self.x.shape[1:]
@@ -324,7 +327,7 @@ class AttackState:
         "The first evaluation; of a Jacobian, the gradient of the margin is recorded"
         g = self.start.gradient
         if g is not None and g.ndim > self.x.ndim:
-            here, goals = self._rivals(self.start.logits, self.all, 1)
+            here, goals = self.rivals(self.start.logits, self.all, 1)
             rows = self.all[:, None]
             g = (g[rows, goals] - g[rows, here])[:, 0]
         self.record(self.x[:, None], self.start.logits[:, None], self.all, g)
@@ -416,14 +419,19 @@ def run(
     logits_of: Callable | None = None,
     quantized: bool = False,  # Adversarial examples on the 256 levels of a file, and still so
     trace: bool = False,  # Record margin and norms at every evaluation, as `result.trace`
+    # Whose random numbers each image gets, int `[N]`, where these are some of many images; default:
+    # 0 to N-1
+    numbers: Tensor | None = None,
 ) -> AttackResult:
     "Run an attack on all images, in batches; `ValueError` for input that makes no sense."
     check_model(model, allow_training)
     size = 256 if batch_size is None else batch_size
     check_counts(batch_size=size, draws=draws)
     model = model if logits_of is None else LogitsOf(model, logits_of)
-    images, numbers = _images(x, y, target, bounds, mask, quantized)
-    options = Options(numbers, check_seed(seed, low=-(2**63)), draws, quantized, trace)
+    images, plain = _images(x, y, target, bounds, mask, quantized)
+    if numbers is not None:
+        images = images._replace(numbers=as_labels(numbers, len(x), x.device, 'numbers'))
+    options = Options(plain, check_seed(seed, low=-(2**63)), draws, quantized, trace)
     recorded = _settings(settings, options, bounds, mask, logits_of)
     options = options._replace(eps=settings.get('eps'), p=settings.get('p', options.p))
     algorithm, device, found = Algorithm(solve, minimum_norm, first), device_of(model, x), []
@@ -588,8 +596,9 @@ def attack_batch(
         state = AttackState(model, _at(start, i), _at(batch, i), options.bounds, options.seed, p)
         judged = _judge(state, algorithm.solve(state), algorithm.minimum_norm, options)
         result.x_adv[i], result.y_adv[i], result.success[i] = judged
-        result.forwards[i] += state.forwards
-        result.backwards[i] += state.backwards
+        partial = state.partial.ceil().long()  # passes through some of the classes
+        result.forwards[i] += state.forwards + partial[0]
+        result.backwards[i] += state.backwards + partial[1]
         undefined[i] = state.undefined.flatten(1).sum(1)
     if options.trace:
         result.trace = state.recorder.trace(i, len(batch.x)) if len(i) else Trace.empty(batch.x)

@@ -20,6 +20,7 @@ from genrobust.attacks.engine import (
     check_positive,
     check_range,
 )
+from .pairs import PairMargin
 from .result import per_image, rounding_tolerance
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-010
@@ -182,8 +183,10 @@ def carlini_wagner(
     check_counts(steps=steps)
 
     def solve(state):
+        pairs = PairMargin(state)
+
         def gradient(f, x, i):
-            logits, g = state.gradient(f, x[i], i)
+            logits, g = pairs.gradient(f, x[i], i)
             return logits, g.flatten(1), (i,)
 
         search = dict(kappa=kappa, binary_search_steps=binary_search_steps, steps=steps)

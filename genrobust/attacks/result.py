@@ -157,6 +157,8 @@ class AttackResult:
     # Attack and parameters; `noise_seed` of the latents fixed for it, `noise` as the model says
     settings: dict = field(default_factory=dict)
     trace: Trace | None = None  # Where it was asked for
+    # Of an ensemble: which of `settings['attacks']` found `x_adv` `[N]`, -1 where none did
+    found_by: Tensor | None = None
 
     @property
     def attacked(self) -> Tensor:
