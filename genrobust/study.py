@@ -113,7 +113,7 @@ def _signature(attack):
     plain = [p.replace(annotation=float) if p.name == 'eps' else p for p in kept]
     return whole.replace(parameters=plain)
 
-
+# %% ../nbs/25_study.ipynb #25-016b
 class Stage(NamedTuple):
     "A piece of a study: images `first` to `last` (excluded), classified or attacked."
 
