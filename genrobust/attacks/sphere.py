@@ -35,6 +35,7 @@ class _Walk:
     gamma: float
     step_size: float
     refresh: int
+    random_start: bool
     is_sphere: bool = False  # Whether a perturbation is moved onto the sphere, from within it too
 
     def __post_init__(self):
@@ -69,6 +70,9 @@ class _Walk:
     def __call__(self, state: AttackState) -> Tensor:
         best, pairs, i = BestNorm(state, self.p), PairMargin(state, self.refresh), state.all
         x, eps = state.x, self.first_norm(state)
+        if self.random_start:
+            direction = unit(state.random(torch.randn, i), self.p if self.p != 1 else 2)
+            x = state.clip(x + per_image(eps, x) * direction)
         for n in range(self.steps):
             logits, g = pairs.gradient(state.margin, x, i)
             is_beyond = best.update(x, logits, i)
@@ -92,9 +96,10 @@ def ddn(
     gamma: float = 0.3,
     step_size: float = 1.0,  # Of the first step, in units of the norm, above 0; it falls to 1/200
     refresh: int = 20,  # Steps after which the two classes are chosen anew, where that saves passes
+    random_start: bool = False,  # Start from a random point at the first norm; else at the image
 ):
     "Decoupled direction and norm (Rony et al., 2019, algorithm 1), on the margin, in l2."
-    return _Walk(2, steps, init_norm, gamma, step_size, refresh, is_sphere=True)
+    return _Walk(2, steps, init_norm, gamma, step_size, refresh, random_start, is_sphere=True)
 
 
 @attack(first='jacobian')
@@ -105,6 +110,7 @@ def fmn(
     gamma: float = 0.3,  # As for `ddn`
     step_size: float = 1.0,  # As for `ddn`
     refresh: int = 20,  # As for `ddn`
+    random_start: bool = False,  # As for `ddn`
 ):
     "Fast minimum-norm attack (Pintor et al., 2021, algorithm 1), on the margin."
-    return _Walk(p, steps, None, gamma, step_size, refresh)
+    return _Walk(p, steps, None, gamma, step_size, refresh, random_start)
