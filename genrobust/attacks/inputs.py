@@ -398,7 +398,7 @@ def check_finite(
 def is_training(
     module: Callable,  # A module; a function is never
 ) -> bool:
-    "Whether a part of a module is in training mode, but for frozen and exported ones without a mode."
+    "Whether a part of a module is in training mode; frozen and exported ones have no mode."
     if not isinstance(module, nn.Module) or 'eval' in vars(module):
         return False
     return getattr(module, 'training', False) or any(map(is_training, module.children()))
