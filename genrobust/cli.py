@@ -311,7 +311,7 @@ def _summary(result, frame, draws):
 # %% ../nbs/27_cli.ipynb #27-016b
 def _prepare(attack, args):
     "The attack with its parameters, the model, and the files for result and table, all checked"
-    given, (out, csv) = dict(_given(args, attack), draws=args.eot), _beside(args.out, '.csv')
+    given, (out, csv) = _given(args, attack), _beside(args.out, '.csv')
     if args.one_vs_all and args.target is not None:
         raise ValueError('--one-vs-all targets every class in turn: leave --target out')
     _check_out(out, AttackResult.load)
@@ -327,8 +327,8 @@ def _prepare(attack, args):
 def _tabulate(result, clf, n, args):
     "A row for each image, and how it does on resampled latents where the model is stochastic"
     frame = result.to_frame().set_axis(n.tolist()).rename_axis('image')
-    if args.draws and 'noise_seed' in result.settings:
-        scored = rescore(result, clf, args.draws, args.seed, progress=args.progress)
+    if args.rescored and 'noise_seed' in result.settings:
+        scored = rescore(result, clf, args.rescored, args.seed, progress=args.progress)
         votes = {k: getattr(scored, k).numpy() for k in ('share', 'majority', 'worst')}
         frame = frame.assign(**votes)
     return frame
@@ -350,7 +350,7 @@ def _attack(attack, args):
     result.settings.update(made_with, data=args.data, images=args.images)
     result.save(out)
     write_whole(csv, frame.to_csv(float_format='%.6g'))
-    for label, text in _summary(result, frame, args.draws):
+    for label, text in _summary(result, frame, args.rescored):
         _say(f'{label:<16}{text}')
     _say(f'{"seconds":<16}{seconds:.1f}, for the attack')
     _say(f'{"written":<16}{_line(out)}, {_line(csv)}')
@@ -373,7 +373,8 @@ def _add_attack(commands, common):
         )
         images = add('--images', type=partial(_count, high=N_TEST), default=100, metavar='N')
         images.help = 'attack the first so many images of the test set (default: %(default)s)'
-        draws = add('--draws', type=partial(_count, low=0), default=20, metavar='N')
+        draws = add('--draws', dest='rescored', type=partial(_count, low=0), default=20)
+        draws.metavar = 'N'
         draws.help = (
             'times that each image is classified again with resampled latents, where the model '
             'is stochastic; 0 to skip (default: %(default)s)'
@@ -383,13 +384,10 @@ def _add_attack(commands, common):
             'target every class in turn, each time with all that the parameters allow, '
             'and keep the smallest perturbation that succeeds'
         )
-        eot = add('--eot', type=_count, default=1, metavar='N')
-        eot.help = (
-            'answers of a stochastic model that are averaged at every evaluation, the expectation '
-            'over transformation (default: %(default)s)'
-        )
         group = attack.add_argument_group(f'parameters of {name}')
         _options(group, f, without=('allow_training', 'progress', 'draws'))
+        eot = group.add_argument('--eot', dest='draws', type=_count, default=1, metavar='N')
+        eot.help = f'{docments(f)["draws"]} (default: 1)'
 
 # %% ../nbs/27_cli.ipynb #27-016ds1
 def _weights():

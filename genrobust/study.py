@@ -108,12 +108,12 @@ _ATTACKED = 'x_adv', 'y', 'y_adv', 'success', 'initially_wrong', 'forwards', 'ba
 # %% ../nbs/25_study.ipynb #25-016a
 def _signature(attack):
     "As stages have recorded it since before attacks accepted more, so that they stay what they are"
-    whole, new = signature(attack), ('mask', 'draws', 'logits_of', 'quantized', 'trace')
+    whole, new = signature(attack), ('mask', 'draws', 'logits_of', 'quantized', 'trace', 'numbers')
     kept = [p for name, p in whole.parameters.items() if name not in new]
     plain = [p.replace(annotation=float) if p.name == 'eps' else p for p in kept]
     return whole.replace(parameters=plain)
 
-
+# %% ../nbs/25_study.ipynb #25-016b
 class Stage(NamedTuple):
     "A piece of a study: images `first` to `last` (excluded), classified or attacked."
 

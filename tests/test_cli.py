@@ -333,7 +333,7 @@ def test_every_attack_is_on_the_command_line_with_all_its_parameters(attack, cap
     )
     assert given == {k: parameters[k].default for k in given}
     assert all(
-        k in ('bounds', 'allow_training')
+        k in ('bounds', 'allow_training', 'logits_of')
         or parameters[k].annotation in (torch.Tensor, torch.Tensor | None)
         for k in parameters
         if k not in given

@@ -44,7 +44,7 @@ def _describe(answer):
     names = f' with {", ".join(list(parts)[:10])}' if parts else ''
     return f'a {type(answer).__name__}{names}: pass logits_of={advice}'
 
-
+# %% ../../nbs/21_autodiff.ipynb #21-009ea
 def _as_logits(answer, n):
     "Logits `[n,C]` of an answer; one logit an image `[n]` or `[n,1]` is that of class 1 above 0"
     if isinstance(answer, Tensor) and answer.is_floating_point() and len(answer.shape[:1]):

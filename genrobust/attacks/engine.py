@@ -27,6 +27,18 @@ from genrobust.attacks.autodiff import (
     gradients_of,
     jacobian,
 )
+from genrobust.attacks.result import (
+    AttackResult,
+    Trace,
+    margin,
+    norm,
+    other_logits,
+    per_image,
+    rounding_tolerance,
+)
+from ..numerics import check_seed, derive_seed, seeded
+
+# %% ../../nbs/22_engine.ipynb #22-005b
 from genrobust.attacks.inputs import (
     EOT,
     Levels,
@@ -47,16 +59,6 @@ from genrobust.attacks.inputs import (
 )
 from .inputs import check_positive as check_positive
 from .inputs import check_range as check_range
-from genrobust.attacks.result import (
-    AttackResult,
-    Trace,
-    margin,
-    norm,
-    other_logits,
-    per_image,
-    rounding_tolerance,
-)
-from ..numerics import check_seed, derive_seed, seeded
 
 # %% ../../nbs/22_engine.ipynb #22-021
 class Batch(NamedTuple):
@@ -285,7 +287,7 @@ class AttackState:
         return logits, f, grad_f
 
     def rivals(self, logits: Tensor, i: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
-        "The class to leave `[b,1]` and those to reach `[b,n]`: the target, or the `most` strongest."
+        "Class to leave `[b,1]` and those to reach `[b,n]`: the target, or the `most` strongest."
         if self.target is not None:
             goals = self.target[i]
             return other_logits(logits, goals).argmax(1, keepdim=True), goals[:, None]
@@ -406,22 +408,17 @@ def run(
     first: Callable | str | None = None,  # As for `Algorithm`
     # Class to reach, 0 to C-1, for all images or `[N]` for each; default: any but `y`
     target: Tensor | int | None = None,
-    # Smallest and largest value of a pixel: numbers, `[N]` for each image, or of channels or pixels
-    bounds: tuple = (0, 1),
-    # Of random numbers, and of the latents of a stochastic model; any of 64 bits
-    seed: int = 0,
+    bounds: tuple = (0, 1),  # Of pixels: numbers, or tensors for each image, channel or pixel
+    seed: int = 0,  # Of random numbers, and of latents; any of 64 bits
     batch_size: int | None = None,  # Images attacked at once, 1 or more; default 256
     progress: bool = False,  # Show a bar
     allow_training: bool = False,  # Attack a model that is in training mode
     mask: Tensor | None = None,  # Bool, of one image or `[N,...]`: pixels that may change
     draws: int = 1,  # Answers of a random model that are averaged at each evaluation, 1 or more
-    # From what the model returns to logits, such as `lambda out: out['logits']`
-    logits_of: Callable | None = None,
+    logits_of: Callable | None = None,  # Of what the model returns: `lambda out: out['logits']`
     quantized: bool = False,  # Adversarial examples on the 256 levels of a file, and still so
     trace: bool = False,  # Record margin and norms at every evaluation, as `result.trace`
-    # Whose random numbers each image gets, int `[N]`, where these are some of many images; default:
-    # 0 to N-1
-    numbers: Tensor | None = None,
+    numbers: Tensor | None = None,  # Whose random numbers each gets, `[N]`; default: 0 to N-1
 ) -> AttackResult:
     "Run an attack on all images, in batches; `ValueError` for input that makes no sense."
     check_model(model, allow_training)
@@ -429,21 +426,15 @@ def run(
     check_counts(batch_size=size, draws=draws)
     model = model if logits_of is None else LogitsOf(model, logits_of)
     images, plain = _images(x, y, target, bounds, mask, quantized)
-    if numbers is not None:
-        images = images._replace(numbers=as_labels(numbers, len(x), x.device, 'numbers'))
-    options = Options(plain, check_seed(seed, low=-(2**63)), draws, quantized, trace)
+    images = images._replace(numbers=_numbers(numbers, x))
+    p, seed = _norm(settings), check_seed(seed, low=-(2**63))
+    options = Options(plain, seed, draws, quantized, trace, p, settings.get('eps'))
+    bar = settings.get('attack', 'attack') if progress else None
+    algorithm = Algorithm(solve, minimum_norm, first)
+    result, noise, undefined = _in_batches(algorithm, model, images, options, size, bar)
+    _warn_of_undefined(undefined)
     recorded = _settings(settings, options, bounds, mask, logits_of)
-    options = options._replace(eps=settings.get('eps'), p=settings.get('p', options.p))
-    algorithm, device, found = Algorithm(solve, minimum_norm, first), device_of(model, x), []
-    with differentiable(), seeded(derive_seed('model', seed), device), _statistics_kept(model):
-        model, noise, options = _deterministic(model, options)
-        for n in tqdm(range(0, len(x), size), settings.get('attack'), disable=not progress):
-            batch = _copy(_at(images, slice(n, n + size)), device)
-            result, undefined = attack_batch(algorithm, model, batch, options)
-            found.append((result.to(x.device), undefined.to(x.device)))
-    results, undefined = zip(*found)
-    _warn_of_undefined(torch.cat(undefined))
-    return replace(AttackResult.cat(results), settings=recorded | noise)
+    return replace(result, settings=recorded | noise)
 
 # %% ../../nbs/22_engine.ipynb #22-106
 def _copy(batch, device):
@@ -451,7 +442,7 @@ def _copy(batch, device):
     copies = [v if v is None else v.clone(memory_format=torch.contiguous_format) for v in batch]
     return Batch(*[v if v is None else v.to(device) for v in copies])
 
-
+# %% ../../nbs/22_engine.ipynb #22-106b
 def _settings(settings, options, bounds, mask, logits_of):
     "As JSON can hold them; what every attack accepts only where it is not the default"
     numbers, other = list(options.bounds), {}
@@ -469,6 +460,15 @@ def _settings(settings, options, bounds, mask, logits_of):
     return dict(plain, bounds=numbers, seed=options.seed, **other)
 
 
+def _norm(settings):
+    "That an attack keeps small, or within a radius"
+    return settings.get('p', torch.inf if 'eps' in settings else 2)
+
+
+def _numbers(numbers, x):
+    return None if numbers is None else as_labels(numbers, len(x), x.device, 'numbers')
+
+# %% ../../nbs/22_engine.ipynb #22-106c
 def _deterministic(model, options):
     """The model with fixed latents, where it has such, or the mean of several draws; what the
     result says of them; and the options, with the passes that an evaluation costs"""
@@ -486,7 +486,7 @@ def _deterministic(model, options):
         noise['noise'] = found.noise_settings
     return found, noise, options._replace(draws=cost)
 
-
+# %% ../../nbs/22_engine.ipynb #22-106d
 @contextmanager
 def _statistics_kept(model):
     "Buffers, such as running means of batch norm, of a model in training mode stay what they are"
@@ -497,6 +497,20 @@ def _statistics_kept(model):
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
+
+
+def _in_batches(algorithm, model, images, options, size, bar):
+    "The result of all images, what it says of latents, and pixels without a gradient"
+    device, found = device_of(model, images.x), []
+    seeds = seeded(derive_seed('model', options.seed), device)
+    with differentiable(), seeds, _statistics_kept(model):
+        model, noise, options = _deterministic(model, options)
+        for n in tqdm(range(0, len(images.x), size), bar, disable=bar is None):
+            batch = _copy(_at(images, slice(n, n + size)), device)
+            result, undefined = attack_batch(algorithm, model, batch, options)
+            found.append((result.to(images.x.device), undefined.to(images.x.device)))
+    results, undefined = zip(*found)
+    return AttackResult.cat(results), noise, torch.cat(undefined)
 
 # %% ../../nbs/22_engine.ipynb #22-106s1
 def _warn_of_undefined(pixels):
@@ -614,6 +628,14 @@ def _is_known(state, x):
     return (x == state.last_x).flatten(1).all(1) & repeats
 
 
+def _evaluate(state, found):
+    "Logits `[B,C]` at the points found, evaluated unless they are known"
+    unknown = (~_is_known(state, found)).nonzero().squeeze(1)
+    if len(unknown):
+        state.logits(found[unknown], unknown)
+    return state.last_logits
+
+# %% ../../nbs/22_engine.ipynb #22-109j
 def _judge(state, found, minimum_norm, options):
     """The points that count as found `[B,...]`, the predictions there, and whether each is an
     adversarial example, whatever the attack believes"""
@@ -634,14 +656,6 @@ def _judge(state, found, minimum_norm, options):
     if len(i) and not options.quantized:
         found[i], logits[i] = _search_back(state, found[i], i)
     return found, logits.argmax(1).where(success, state.y), success
-
-
-def _evaluate(state, found):
-    "Logits `[B,C]` at the points found, evaluated unless they are known"
-    unknown = (~_is_known(state, found)).nonzero().squeeze(1)
-    if len(unknown):
-        state.logits(found[unknown], unknown)
-    return state.last_logits
 
 # %% ../../nbs/22_engine.ipynb #22-109q
 # Of the perturbation, to be rounded to levels: as much of it as lies on levels first, then all, and
@@ -666,7 +680,7 @@ def _on_levels(state, found, i, scale, options):
     radius = radius.flatten() if isinstance(radius, Tensor) else radius
     return point, norm(point - x, p) <= radius * (1 + 1e-5)
 
-
+# %% ../../nbs/22_engine.ipynb #22-109r
 def _quantize(state, found, options):
     """The points on the levels: of smallest norm, among multiples of the perturbation, that are
     successes; for what is none, as much of the perturbation as lies on levels"""
@@ -718,6 +732,19 @@ def _rename(given, old_names, attack):
         warnings.warn(text, DeprecationWarning, stacklevel=3)
         given[new] = given.pop(old)
 
+
+def _radii(own, x):
+    "The radius among an attack's own parameters, where it is not one number"
+    if isinstance(own.get('eps', 0), (Real, str)):
+        return {}
+    check_images(x)
+    return dict(eps=as_eps(own['eps'], x))
+
+
+def _without_tensors(own):
+    "Parameters for the record: of a tensor that it was given, but of radii what they are"
+    return {n: v if n == 'eps' or not isinstance(v, Tensor) else True for n, v in own.items()}
+
 # %% ../../nbs/22_engine.ipynb #22-031s1
 def attack(
     minimum_norm: bool = True,  # Whether failures return the original image
@@ -745,14 +772,10 @@ def attack(
             bound.apply_defaults()
             given = bound.arguments
             mine = {p.name: given.pop(p.name) for p in own}
-            if not isinstance(mine.get('eps', 0), (Real, str)):
-                check_images(given['x'])
-                mine['eps'] = as_eps(mine['eps'], given['x'])
+            mine |= _radii(mine, given['x'])
             solve = make(**{n: given[n] for n in parameters if n in given}, **mine)
             needs = first(mine) if callable(first) else first
-            plain = {n: n == 'eps' or not isinstance(v, Tensor) for n, v in mine.items()}
-            settings = {n: v if plain[n] else True for n, v in mine.items()}
-            settings = dict(attack=name, **settings)
+            settings = dict(attack=name, **_without_tensors(mine))
             return run(solve, settings=settings, minimum_norm=minimum_norm, first=needs, **given)
 
         attack_images.__signature__, attack_images.__delwrap__ = whole, run

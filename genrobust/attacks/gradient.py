@@ -98,8 +98,7 @@ class Ball:
 
     def __init__(
         self,
-        # Radius, in units of a pixel, 0 or more: a number, or `[N]` for each image; for p = inf also
-        # of channels or pixels (inside an attack, whatever `as_eps` returns)
+        # Radius, in units of a pixel, 0 or more: a number, or `[N,...]` by `as_eps`
         eps: float | Tensor,
         p: float,  # Norm: 2 or inf
     ):

@@ -123,7 +123,7 @@ class Trace(NamedTuple):
         columns |= {k: v[image, evaluation].double().cpu() for k, v in self._asdict().items()}
         return pd.DataFrame(columns)
 
-
+# %% ../../nbs/20_result.ipynb #20-017r
 def _load_result(path):
     "Tensors and settings of a file by `save`, or by versions that wrote no digest"
     try:
