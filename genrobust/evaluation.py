@@ -9,15 +9,16 @@ __all__ = ['SIZES', 'ensemble', 'worst_case']
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
 
 from .attacks.boundary import deepfool
 from .attacks.core import of_images, one_vs_all
-from .attacks.engine import run
+from .attacks.engine import Algorithm, run
 from .attacks.gradient import apgd
-from .attacks.inputs import as_eps
+from .attacks.inputs import as_eps, check_images, check_range
 from .attacks.penalty import carlini_wagner
 from .attacks.result import AttackResult, norm, require
 from .attacks.score_based import square
@@ -71,17 +72,80 @@ def ensemble(
     within = {} if eps is None or p == 1 else _fixed_budget(p, eps, size)
     return within | _minimum_norm(p, size)
 
-# %% ../nbs/16_worst_case.ipynb #16-022
+# %% ../nbs/16_worst_case.ipynb #16-021
+def _name(attack):
+    "As it would be called"
+    if not isinstance(attack, partial):
+        return getattr(attack, '__name__', type(attack).__name__)
+    inner = [_name(a) if callable(a) else repr(a) for a in attack.args]
+    for name, value in attack.keywords.items():
+        is_short = isinstance(value, (int, float, str, type(None)))
+        inner.append(f'{name}={value if is_short else "..."}')
+    return f'{_name(attack.func)}({", ".join(inner)})'
+
+
 def _named(attacks):
     "Attacks by name; a `ValueError` for what is none"
-    if not isinstance(attacks, dict):
-        is_list = isinstance(attacks, Sequence) and not isinstance(attacks, str)
-        require(is_list, f'attacks must be a list or a dict of attacks, found {attacks!r}')
-        attacks = {getattr(a, '__name__', None) or f'attack {n}': a for n, a in enumerate(attacks)}
+    is_list = isinstance(attacks, Sequence) and not isinstance(attacks, str)
+    require(
+        is_list or isinstance(attacks, dict),
+        f'attacks must be a list or a dict of attacks, found {attacks!r}',
+    )
     require(len(attacks) > 0, 'attacks holds none')
+    if is_list:
+        names = [_name(attack) for attack in attacks]
+        again = [names[:n].count(name) for n, name in enumerate(names)]
+        names = [f'{name} ({n + 1})' if n else name for name, n in zip(names, again)]
+        attacks = dict(zip(names, attacks))
     for name, attack in attacks.items():
+        require(isinstance(name, str), f'attacks are named by text, found {name!r}')
         require(callable(attack), f'{name} is no attack: {attack!r}')
+        require('target' not in _own(attack), f'{name} aims at a target: leave target out')
     return attacks
+
+
+def _own(attack, **defaults):
+    "Parameters that `partial` has set, and what else of the defaults the attack knows"
+    own, inner = {}, attack
+    while isinstance(inner, partial):
+        own = inner.keywords | own
+        inner = inner.args[0] if inner.func is one_vs_all and inner.args else inner.func
+    known = signature(inner).parameters
+    return {k: v for k, v in defaults.items() if k in known and v is not None} | own
+
+
+def _radii(eps, x):
+    "Radius of each image, float64 `[N]`; a `ValueError` for what is none"
+    check_images(x)
+    radii = math.inf if eps is None else as_eps(eps, x)
+    if not isinstance(radii, Tensor):
+        if eps is not None:
+            check_range(0, math.inf, eps=radii)
+        return torch.full((len(x),), radii, dtype=torch.float64, device=x.device)
+    text = f'eps must be a number or [{len(x)}], one for each image, found {list(radii.shape)}'
+    require(radii.numel() == len(x), text)
+    return radii.flatten()
+
+
+def _check_shared(shared):
+    "An error for what is no parameter of all attacks"
+    why = dict(target='it counts any other class', trace='it runs several attacks')
+    for name in why.keys() & shared.keys():
+        raise ValueError(f'worst_case: leave {name} out, {why[name]}')
+    known = signature(run).parameters.keys() - {'settings', *Algorithm._fields}
+    for name in shared.keys() - known:
+        text = f'worst_case() got an unexpected keyword argument {name!r}'
+        raise TypeError(f'{text}; parameters of one attack are set by partial, in attacks=')
+
+# %% ../nbs/16_worst_case.ipynb #16-022
+def _size(result, p):
+    "Norms of perturbations, and what rounding may add to that of a point within a ball `[N]`"
+    wide = torch.promote_types(result.x.dtype, torch.float32)
+    delta = result.x_adv.to(wide) - result.x.to(wide)
+    size = norm(delta, p).double()
+    largest = result.x_adv.abs().amax().double() * max(1, delta[0].numel() ** (1 / p - 1 / 2))
+    units = 1 if p == math.inf else 4
+    return size, units * torch.finfo(result.x.dtype).eps * (size + largest)
 
 
 def worst_case(
@@ -94,30 +158,27 @@ def worst_case(
     # perturbation of each image is kept
     eps: float | Tensor | None = None,
     size: str = 'standard',  # Of the ensemble: 'quick', 'standard' or 'thorough'
-    # Attacks to run instead, a list or by name: functions `(model, x, y, **shared)` whose own
-    # parameters are set, by `partial`
+    # Attacks to run instead, a list or by name: functions `(model, x, y, **shared)`; what `partial`
+    # has not set of `p` and `eps` is that of the worst case
     attacks: Sequence[Callable] | dict[str, Callable] | None = None,
     **shared,  # For all attacks: `bounds, seed, batch_size, mask, draws, logits_of, ...`
 ) -> AttackResult:  # `found_by` `[N]`: which of `settings['attacks']`; -1 where none
     """The strongest of several attacks for each image: an upper bound of its robustness."""
-    for name in ('target', 'trace'):
-        require(name not in shared, f'worst_case counts any other class: leave {name} out')
-    chosen = ensemble(p, eps, size) if attacks is None else _named(attacks)
+    radius, chosen = _radii(eps, x), ensemble(p, eps, size)
+    chosen = chosen if attacks is None else _named(attacks)
+    _check_shared(shared)
     settings = dict(attack='worst_case', p=p, eps=eps, attacks=list(chosen))
     best = run(lambda state: state.x, model, x, y, settings=settings, **shared)
     best.found_by = torch.full_like(best.y, -1)
-    radius = math.inf if eps is None else as_eps(eps, x)
-    radius = torch.zeros_like(best.l2) + (
-        radius.flatten() if isinstance(radius, Tensor) else radius
-    )
-    smallest, i = torch.full_like(best.l2, torch.inf), best.attacked.nonzero().squeeze(1)
+    smallest, i = torch.full_like(radius, torch.inf), best.attacked.nonzero().squeeze(1)
     for n, attack in enumerate(chosen.values()):
         if not len(i):
             break
-        one = attack(model, x[i], best.y[i], **of_images(shared, x, i))
-        found = norm(one.perturbation, p)
-        is_within = found <= radius[i] * (1 + 8 * torch.finfo(found.dtype).eps)
-        better = (one.y_adv != one.y) & is_within & (found < smallest[i])
+        given = _own(attack, p=p, eps=eps) | shared
+        one = attack(model, x[i], best.y[i], **of_images(given, x, i))
+        found, slack = _size(one, p)
+        better = (one.y_adv != best.y[i]) & (found > 0) & (found < smallest[i])
+        better &= found <= radius[i] + slack
         k = i[better]
         smallest[k], best.success[k], best.found_by[k] = found[better], True, n
         best.x_adv[k], best.y_adv[k] = one.x_adv[better], one.y_adv[better]

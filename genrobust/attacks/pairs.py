@@ -31,7 +31,8 @@ class PairMargin:
     ):
         self.state, self.refresh, self.calls = state, refresh, 0
         decode = getattr(state.model, 'per_class_logits', None)
-        self.is_partial = decode is not None and 'classes' in signature(decode).parameters
+        takes_classes = decode is not None and 'classes' in signature(decode).parameters
+        self.is_partial = takes_classes and state.n_classes > 2  # two are all there are
         self.classes = self._pairs(state.start.logits, state.all)  # to leave, to reach
 
     def _pairs(self, logits, i):
@@ -78,5 +79,8 @@ class PairMargin:
             doubt = state.is_adversarial(logits, i).nonzero().squeeze(1)
             if len(doubt):
                 logits[doubt] = state.logits(x[doubt], i[doubt])
+                self.classes[i[doubt]] = self._pairs(
+                    logits[doubt], i[doubt]
+                )  # another is ahead now
         state.record(x[:, None], logits[:, None], i, g)
         return logits, g
