@@ -7,6 +7,7 @@ __all__ = ['random_noise', 'Rescored', 'rescore', 'of_images', 'one_vs_all']
 
 # %% ../../nbs/03_attacks.ipynb #03-005
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -113,13 +114,19 @@ def of_images(
     for name, as_tensor in dict(mask=as_mask, eps=as_eps).items():
         if name in given:
             own[name] = as_tensor(given[name], x)
+    if given.get('target') is not None:
+        own['target'] = as_labels(given['target'], len(x), x.device, 'target')
     for name, value in own.items():
-        if isinstance(value, Tensor) and len(value) == len(x):
-            own[name] = value[i]
+        if isinstance(value, Tensor) and value.ndim and len(value) == len(x):
+            own[name] = value[i.to(value.device)]
     if 'bounds' in given:
         bounds = as_bounds(given['bounds'], x)
         own['bounds'] = tuple(bound[i] if isinstance(bound, Tensor) else bound for bound in bounds)
     return own
+
+
+_OF_IMAGES = ('bounds', 'batch_size', 'allow_training', 'draws', 'logits_of', 'trace', 'mask')
+_OF_IMAGES += ('quantized',)
 
 
 def _rank_targets(model, x, y, n_targets, shared):
@@ -156,17 +163,21 @@ def one_vs_all(
 
     With `apgd`, `loss='dlr'` and `n_targets=9` it is APGD-T (Croce and Hein, 2020, section 5.2)."""
     require(callable(attack), f'attack must be a function such as deepfool, found {attack!r}')
+    if isinstance(attack, partial) and not attack.args:
+        attack, kwargs = attack.func, attack.keywords | kwargs
+    seed = kwargs.pop('seed', seed)  # where `partial` has set it
     require('target' not in kwargs, 'one_vs_all aims at every class in turn: leave target out')
     if n_targets is not None:
         check_counts(n_targets=n_targets)
-    names = 'bounds', 'batch_size', 'allow_training', 'draws', 'logits_of', 'trace', 'mask'
-    shared = {name: kwargs[name] for name in names if name in kwargs}
+    shared = {name: kwargs[name] for name in _OF_IMAGES if name in kwargs}
     best, targets = _rank_targets(model, x, y, n_targets, dict(shared, seed=seed))
     smallest, i = torch.full_like(best.l2, torch.inf), torch.arange(len(x), device=x.device)
+    settings = {}
     for target in targets.unbind(1):
         own = kwargs if len(i) == len(x) else of_images(kwargs, x, i)
         one = attack(model, x[i], best.y[i], target=target[i], seed=seed, **own)
-        size = norm(one.perturbation, one.settings.get('p', 2))
+        settings = settings or one.settings  # those for all images
+        size = norm(one.perturbation, settings.get('p', 2))
         better = one.success & (size < smallest[i])
         smallest[i[better]] = size[better]
         for name in ('x_adv', 'y_adv', 'success'):
@@ -179,5 +190,7 @@ def one_vs_all(
             i = (best.attacked & ~best.success).nonzero().squeeze(1)
         if not len(i):
             break
-    best.settings = dict(one.settings, attack=f'one_vs_all({one.settings["attack"]})')
+    targets_of = {} if n_targets is None else dict(n_targets=n_targets)
+    name = f'one_vs_all({settings["attack"]})'
+    best.settings = dict(settings, attack=name, **targets_of)
     return best

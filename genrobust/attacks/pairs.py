@@ -32,7 +32,8 @@ class PairMargin:
     ):
         self.state, self.refresh, self.calls = state, refresh, 0
         decode = getattr(state.model, 'per_class_logits', None)
-        self.is_partial = decode is not None and 'classes' in signature(decode).parameters
+        takes_classes = decode is not None and 'classes' in signature(decode).parameters
+        self.is_partial = takes_classes and state.n_classes > 2  # two are all there are
         self.is_chosen = classes is None
         self.classes = self._pairs(state.start.logits, state.all) if classes is None else classes
 
@@ -56,6 +57,27 @@ class PairMargin:
             classes,
         )
 
+    def _of_pairs(self, objective, x, i, classes):
+        "Logits `[b,C]`, of which those of the pairs are true, and gradients"
+        state, copies = self.state, x.detach()[:, None].expand(-1, 2, *x.shape[1:])
+        pair, J = over_parts(self._decode, state.model, copies, classes)
+        state.partial[:, i] += 2 / state.n_classes
+        below = pair.amin(1) - 1 - pair.abs().amax(1)
+        logits = below[:, None].repeat(1, state.n_classes)
+        logits = logits.scatter(1, classes, pair).requires_grad_()
+        slopes = torch.autograd.grad(objective(logits, i).sum(), logits)[0].gather(1, classes)
+        g = torch.einsum('bm,bm...->b...', slopes.to(J), J)
+        return logits.detach(), state.defined(g, i)
+
+    def _again(self, objective, x, i, logits, g):
+        "Gradients, anew where not the target but a class outside the pair is ahead"
+        more = (~self.state.is_adversarial(logits, i)).nonzero().squeeze(1)
+        if len(more):
+            k = i[more]
+            self.classes[k] = self._pairs(logits[more], k)
+            g[more] = self._of_pairs(objective, x[more], k, self.classes[k])[1]
+        return g
+
     def gradient(
         self,
         objective: Callable,  # Of the margin alone: `(logits, i)` to `[b]`
@@ -68,18 +90,11 @@ class PairMargin:
         state = self.state
         if not self.is_partial:
             return state.gradient(objective, x, i)
-        classes, copies = self._choose(x, i), x.detach()[:, None].expand(-1, 2, *x.shape[1:])
-        pair, J = over_parts(self._decode, state.model, copies, classes)
-        state.partial[:, i] += 2 / state.n_classes
-        below = pair.amin(1) - 1 - pair.abs().amax(1)
-        logits = below[:, None].repeat(1, state.n_classes)
-        logits = logits.scatter(1, classes, pair).requires_grad_()
-        slopes = torch.autograd.grad(objective(logits, i).sum(), logits)[0].gather(1, classes)
-        g = state.defined(torch.einsum('bm,bm...->b...', slopes.to(J), J), i)
-        logits = logits.detach()
+        logits, g = self._of_pairs(objective, x, i, self._choose(x, i))
         if state.target is not None:
             doubt = state.is_adversarial(logits, i).nonzero().squeeze(1)
             if len(doubt):
                 logits[doubt] = state.logits(x[doubt], i[doubt])
+                g[doubt] = self._again(objective, x[doubt], i[doubt], logits[doubt], g[doubt])
         state.record(x[:, None], logits[:, None], i, g)
         return logits, g

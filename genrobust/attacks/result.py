@@ -228,6 +228,9 @@ class AttackResult:
         for name in [*labels, *flags, *sizes, 'forwards', 'backwards']:
             values = getattr(self, name).cpu()  # numpy knows no bfloat16
             columns[name] = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        if self.found_by is not None:
+            names = [*self.settings.get('attacks', []), '']
+            columns['found_by'] = [names[n] for n in self.found_by.tolist()]
         return pd.DataFrame(columns)
 
     def tensors(self) -> dict[str, Tensor]:
