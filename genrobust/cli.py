@@ -518,7 +518,7 @@ def _bench(args):
         folder = bench(**given, **place, say=_say)
     _say(f'Written to {_line(folder)}')
 
-
+# %% ../nbs/27_cli.ipynb #27-018h
 class _Renamed(argparse.Action):
     "An old option, which sets the new one and says so on standard error"
 
@@ -527,7 +527,7 @@ class _Renamed(argparse.Action):
             print(f'genrobust: warning: {option} is now --{self.dest}', file=sys.stderr)
         setattr(args, self.dest, value)
 
-
+# %% ../nbs/27_cli.ipynb #27-018i
 def _add_bench(commands, common):
     about = 'time the attacks beside those of other libraries'
     parser = commands.add_parser('bench', help=about, description=bench.__doc__)

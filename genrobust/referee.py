@@ -241,7 +241,7 @@ _L2 = ('l2',)
 
 
 def _apgd_adv_lib(targets):
-    "Parameters of adversarial-library's APGD by bisection, towards so many classes; None: untargeted"
+    "Parameters of APGD by bisection, towards so many classes; None: untargeted"
 
     def settings(p, passes):
         n_iter = max(1, passes // (2 * _ROUNDS * (targets or 1)))
@@ -256,7 +256,7 @@ def _superdeepfool_adv_lib(p, passes):
     return dict(steps=max(1, passes // 100), df_steps=9)
 
 # %% ../nbs/17_referee.ipynb #17-040
-CONTESTANTS = {
+_OURS = {
     'genrobust.deepfool': Contestant(_ours('deepfool', lambda p, n, m: dict(p=p))),
     'genrobust.superdeepfool': Contestant(_ours('superdeepfool', lambda p, n, m: dict(p=p))),
     'genrobust.carlini_wagner': Contestant(
@@ -269,6 +269,10 @@ CONTESTANTS = {
     'genrobust.worst_case': Contestant(
         _ours('worst_case', lambda p, n, m: dict(p=p), 'evaluation')
     ),
+}
+
+# %% ../nbs/17_referee.ipynb #17-040b
+_OTHERS = {
     'adv_lib.ddn': Contestant(_adv_lib('ddn', _steps_unrounded), _L2),
     'adv_lib.fmn': Contestant(_adv_lib('fmn', _norm_and_steps)),
     'adv_lib.pdgd': Contestant(_adv_lib('pdgd', _num_steps), _L2),
@@ -282,7 +286,8 @@ CONTESTANTS = {
     'foolbox.ddn': Contestant(_foolbox('DDNAttack', _steps), _L2),
     'foolbox.fmn': Contestant(_foolbox('{}FMNAttack', _steps)),
     'pyautoattack.apgd_t': Contestant(_autoattack('apgd-t')),
-}  # by library and name
+}
+CONTESTANTS = _OURS | _OTHERS  # by library and name
 
 # %% ../nbs/17_referee.ipynb #17-050
 def _version(name):
@@ -367,7 +372,7 @@ class _Job(NamedTuple):
         about |= dict(version=_version(self.name), passes=self.passes)
         return pd.DataFrame(dict(about, image=range(start, stop), **found))[_COLUMNS]
 
-
+# %% ../nbs/17_referee.ipynb #17-056b
 def _run_job(job, images, n, folder, say):
     "Attack the first `n` images, but for those that a file holds already, in parts"
     import pandas as pd
