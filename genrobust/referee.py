@@ -184,7 +184,7 @@ def _foolbox(name, settings):
 
 
 def _autoattack(name):
-    "APGD of the authors' AutoAttack towards three classes, by bisection over the radius"
+    "AutoAttack's APGD, as pyautoattack packages it, towards three classes, by bisection"
 
     def run(model, x, y, p, passes):
         package = import_module('pyautoattack')

@@ -295,7 +295,7 @@ def test_every_command_that_is_shown_is_one():
     ]
     lines += (
         subprocess.run(
-            ['make', '-n', 'reproduce', 'study', 'bench'],
+            ['make', '-n', 'reproduce', 'study', 'bench', 'referee'],
             cwd=ROOT,
             capture_output=True,
             text=True,
