@@ -9,7 +9,7 @@ ifneq ($(GENROBUST_DATA),)
 export GENROBUST_DATA := $(abspath $(GENROBUST_DATA))
 endif
 
-.PHONY: help reproduce study bench test lint format sync notebooks-test wheel slow notebooks readme docs
+.PHONY: help reproduce study bench referee test lint format sync notebooks-test wheel slow notebooks readme docs
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s%s\n", $$1, $$2}' Makefile
 
@@ -36,6 +36,11 @@ bench: .venv/ready ## Time the attacks beside those of other libraries, which ar
 	$(INSTALL) -e '.[bench]'
 	-$(INSTALL) 'setuptools<81' wheel && $(INSTALL) --no-build-isolation adv-lib
 	genrobust bench
+
+referee: .venv/ready ## Compare the attacks with those of other libraries by their optimality, in a few hours on two cores; it goes on where it stopped
+	$(INSTALL) -e '.[bench]'
+	-$(INSTALL) 'setuptools<81' wheel && $(INSTALL) --no-build-isolation adv-lib
+	genrobust bench --optimality
 
 test: .venv/ready lint sync notebooks-test wheel ## All tests: style, notebooks and modules in step, fast cells, the wheel, pytest
 	OMP_NUM_THREADS=1 pytest -q -n 2 tests

@@ -81,7 +81,9 @@ def _all_gradients(model, x):
 
 # %% ../nbs/26_speed.ipynb #26-038
 class PassCounter(nn.Module):
-    "A model that counts the images it is given, forwards and backwards"
+    """A model that counts the images it is given, forwards and backwards.
+
+    A backward pass through many cotangents at once hides how many: it is a `RuntimeError`."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -96,6 +98,11 @@ class PassCounter(nn.Module):
         return logits
 
     def _count_backward(self, g):
+        try:
+            g.data_ptr()
+        except RuntimeError as e:
+            text = 'a backward pass of many gradients at once (vmap) cannot be counted'
+            raise RuntimeError(f'{text}: take them one by one') from e
         self.backwards += len(g)
 
 # %% ../nbs/26_speed.ipynb #26-041

@@ -38,6 +38,7 @@ from genrobust.models import (
     pretrained_names,
     save_model,
 )
+from .referee import CONTESTANTS, MODELS, referee
 from .results import ATTACKS, PRESETS, Preset, reproduce, tables, wilson
 from .training import fit, processes
 
@@ -501,11 +502,26 @@ def _add_reproduce(commands, common):
         sizes.add_argument(f'--{size}', type=partial(_count, low=low), metavar='N', help=about)
 
 # %% ../nbs/27_cli.ipynb #27-018g
+_OF_REFEREE = 'models', 'norms', 'attacks', 'passes'
+
+
 def _bench(args):
-    folder = bench(**{k: v for k, v in vars(args).items() if k != 'run'}, say=_say)
+    given = {k: v for k, v in vars(args).items() if k not in ('run', 'optimality', 'out')}
+    own = {name: given.pop(name) for name in _OF_REFEREE}
+    place = {} if args.out is None else dict(out=args.out)
+    if args.optimality:
+        if args.benchmarks != 'all' or args.rounds is not None:
+            raise ValueError('--optimality takes no --benchmarks and no --rounds')
+        given = {k: v for k, v in given.items() if k not in ('benchmarks', 'rounds')}
+        folder = referee(**own, **given, **place, say=_say)
+    else:
+        extra = [f'--{name}' for name, value in own.items() if value is not None]
+        if extra:
+            raise ValueError(f'{", ".join(extra)} needs --optimality')
+        folder = bench(**given, **place, say=_say)
     _say(f'Written to {_line(folder)}')
 
-
+# %% ../nbs/27_cli.ipynb #27-018h
 class _Renamed(argparse.Action):
     "An old option, which sets the new one and says so on standard error"
 
@@ -514,12 +530,24 @@ class _Renamed(argparse.Action):
             print(f'genrobust: warning: {option} is now --{self.dest}', file=sys.stderr)
         setattr(args, self.dest, value)
 
-
+# %% ../nbs/27_cli.ipynb #27-018i
 def _add_bench(commands, common):
     about = 'time the attacks beside those of other libraries'
     parser = commands.add_parser('bench', help=about, description=bench.__doc__)
     parser.set_defaults(run=_bench)
-    _options(parser, bench)
+    _options(parser, bench, without=('out',))
+    add = parser.add_argument
+    add('--out').help = 'folder to write to (default: results/bench, or results/referee)'
+    group = parser.add_argument_group(
+        'optimality', 'instead of benchmarks: which attack finds least'
+    )
+    add = group.add_argument
+    add('--optimality', action='store_true', help=referee.__doc__.split('\n')[0].strip('.').lower())
+    add('--models', nargs='+', metavar='NAME').help = f'default: {" ".join(MODELS)}'
+    add('--norms', nargs='+', metavar='NAME').help = 'l2 or linf (default: both)'
+    add('--attacks', nargs='+', metavar='NAME').help = f'any of {", ".join(CONTESTANTS)}'
+    passes = add('--passes', type=partial(_count, low=1), metavar='N')
+    passes.help = 'budget an image (default: 1000, and 200 for a Bayes classifier)'
     old = parser.add_argument('--contests', dest='benchmarks', action=_Renamed)
     old.default = old.help = argparse.SUPPRESS
 
