@@ -14,8 +14,10 @@ from genrobust.attacks import (
     AttackResult,
     apgd,
     carlini_wagner,
+    ddn,
     deepfool,
     fgsm,
+    fmn,
     hop_skip_jump,
     jacobian,
     margin,
@@ -35,9 +37,12 @@ from genrobust.models import CNN, BayesClassifier, load_pretrained
 
 JACOBIANS = [deepfool, truncated_deepfool]
 QUERIES = [zoo, spsa, square, hop_skip_jump]
-MINIMUM_NORM = [*JACOBIANS, carlini_wagner, zoo, hop_skip_jump]
+WALKS = [ddn, fmn]
+MINIMUM_NORM = [*JACOBIANS, *WALKS, carlini_wagner, zoo, hop_skip_jump]
 ATTACKS = [random_noise, fgsm, pgd, mim, apgd, spsa, square, *MINIMUM_NORM]
 SMALL = {
+    ddn: dict(steps=20),
+    fmn: dict(steps=20),
     pgd: dict(steps=5, restarts=2),
     mim: dict(steps=5),
     apgd: dict(steps=5),
@@ -48,6 +53,8 @@ SMALL = {
     hop_skip_jump: dict(max_queries=60, init_queries=10, samples=10),
 }
 FEW = {
+    ddn: dict(steps=5, refresh=2),
+    fmn: dict(steps=5, refresh=2),
     zoo: dict(max_queries=70, coordinates=10),
     carlini_wagner: dict(steps=5, binary_search_steps=2),
     deepfool: dict(steps=5),

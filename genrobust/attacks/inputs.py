@@ -10,6 +10,7 @@ __all__ = ['as_rows', 'as_eps', 'as_bounds', 'within_bounds', 'as_mask', 'as_jso
 # %% ../../nbs/33_inputs.ipynb #33-005
 import math
 from collections.abc import Callable, Sequence
+from functools import wraps
 from numbers import Integral, Real
 from typing import NamedTuple
 
@@ -269,7 +270,12 @@ class Normalized(Wrapped):
         if name != 'per_class_logits':
             return super().__getattr__(name)
         per_class_logits = self.model.per_class_logits
-        return lambda xc, *args: per_class_logits(self.normalise(xc, 2), *args)
+
+        @wraps(per_class_logits)
+        def of_normalised(xc, *args):
+            return per_class_logits(self.normalise(xc, 2), *args)
+
+        return of_normalised
 
 # %% ../../nbs/33_inputs.ipynb #33-040
 class Levels(NamedTuple):

@@ -15,6 +15,13 @@ from .autodiff import gradient_of, over_parts
 from .engine import AttackState
 
 # %% ../../nbs/32_pairs.ipynb #32-020
+def _takes_classes(per_class_logits):
+    try:
+        return 'classes' in signature(per_class_logits).parameters
+    except (TypeError, ValueError):  # there is none, or nobody knows its arguments
+        return False
+
+# %% ../../nbs/32_pairs.ipynb #32-020s1
 class PairMargin:
     """The margin of each image under attack, through the two classes that make it
 
@@ -24,8 +31,7 @@ class PairMargin:
 
     def __init__(self, state: AttackState):
         self.state = state
-        decode = getattr(state.model, 'per_class_logits', None)
-        self.is_partial = decode is not None and 'classes' in signature(decode).parameters
+        self.is_partial = _takes_classes(getattr(state.model, 'per_class_logits', None))
         self.classes = self._pairs(state.start.logits, state.all)  # to leave, to reach
 
     def _pairs(self, logits, i):
@@ -54,13 +60,14 @@ class PairMargin:
             return state.gradient(state.margin, x, i)
         classes, copies = self.classes[i], x.detach()[:, None].expand(-1, 2, *x.shape[1:])
         pair, g = over_parts(self._decode, state.model, copies, classes)
-        state.partial[:, i] += 2 / state.n_classes
+        state.partial[:, i] += 2
         logits = (pair.amin(1, keepdim=True) - 1).repeat(1, state.n_classes)
         logits.scatter_(1, classes, pair)
         if state.target is not None:
             doubt = state.is_adversarial(logits, i).nonzero().squeeze(1)
             if len(doubt):
                 logits[doubt] = state.logits(x[doubt], i[doubt])
+                self.classes[i[doubt]] = self._pairs(logits[doubt], i[doubt])
         g = state.defined(g, i)
         state.record(x[:, None], logits[:, None], i, g)
         return logits, g
