@@ -55,8 +55,7 @@ class _Walk:
 
     def move(self, delta, g, eps, size):
         "A step of length `size` `[B]` against `g`, and onto balls of radius `eps` `[B]`"
-        step = unit(g, 2) / 3 if self.p == 1 else unit(g, self.p)  # l1 norms are larger than l2
-        delta = delta - per_image(size, delta) * step
+        delta = delta - per_image(size, delta) * unit(g, 2 if self.p == 1 else self.p)
         if self.is_sphere:
             return per_image(eps, delta) * unit(delta, 2)
         return project(delta, per_image(eps, delta), self.p)
@@ -79,6 +78,9 @@ class _Walk:
             share = (1 + math.cos(math.pi * n / self.steps)) / 2  # falls from 1 to 0
             gamma = self.gamma * max(share, 1 / 300)
             size = self.step_size * max(share, 1 / 200) * eps
+            if self.p == 1:  # whose few pixels must not be those at their bounds
+                low, high = state.bounds_of()
+                g = g.masked_fill((x <= low) & (g > 0) | (x >= high) & (g < 0), 0)
             eps = eps * torch.where(is_beyond, 1 - gamma, 1 + gamma)
             eps = eps.clamp(torch.finfo(wide).eps * largest, largest)
             delta = self.move(x - origin, g.to(wide), eps, size)
