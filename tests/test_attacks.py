@@ -14,9 +14,11 @@ from genrobust.attacks import (
     AttackResult,
     apgd,
     carlini_wagner,
+    ddn,
     deepfool,
     fab,
     fgsm,
+    fmn,
     hop_skip_jump,
     jacobian,
     margin,
@@ -37,9 +39,12 @@ from genrobust.models import CNN, BayesClassifier, load_pretrained
 
 JACOBIANS = [deepfool, truncated_deepfool]
 QUERIES = [zoo, spsa, square, hop_skip_jump]
-MINIMUM_NORM = [*JACOBIANS, carlini_wagner, superdeepfool, fab, zoo, hop_skip_jump]
+WALKS = [ddn, fmn]
+MINIMUM_NORM = [*JACOBIANS, *WALKS, carlini_wagner, superdeepfool, fab, zoo, hop_skip_jump]
 ATTACKS = [random_noise, fgsm, pgd, mim, apgd, spsa, square, *MINIMUM_NORM]
 SMALL = {
+    ddn: dict(steps=20),
+    fmn: dict(steps=20),
     pgd: dict(steps=5, restarts=2),
     mim: dict(steps=5),
     apgd: dict(steps=5),
@@ -52,6 +57,8 @@ SMALL = {
     hop_skip_jump: dict(max_queries=60, init_queries=10, samples=10),
 }
 FEW = {
+    ddn: dict(steps=5, refresh=2),
+    fmn: dict(steps=5, refresh=2),
     zoo: dict(max_queries=70, coordinates=10),
     carlini_wagner: dict(steps=5, binary_search_steps=2),
     superdeepfool: dict(steps=5, deepfool_steps=5),

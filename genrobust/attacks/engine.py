@@ -139,7 +139,7 @@ class AttackState:
         self.seed, self.kappa, self._generators = seed, 0.0, None
         shape, device = (2, len(self.x)), self.x.device
         self.forwards, self.backwards = torch.zeros(shape, dtype=torch.long, device=device)
-        self.partial = torch.zeros(shape, dtype=torch.double, device=device)
+        self.partial = torch.zeros(shape, dtype=torch.long, device=device)  # single classes
         self.undefined = torch.zeros_like(self.x, dtype=torch.bool)
         if start.gradient is not None:
             start = start._replace(gradient=self.defined(start.gradient, self.all))
@@ -610,7 +610,7 @@ def attack_batch(
         state = AttackState(model, _at(start, i), _at(batch, i), options.bounds, options.seed, p)
         judged = _judge(state, algorithm.solve(state), algorithm.minimum_norm, options)
         result.x_adv[i], result.y_adv[i], result.success[i] = judged
-        partial = state.partial.ceil().long()  # passes through some of the classes
+        partial = -(-state.partial // state.n_classes)  # passes through some of the classes
         result.forwards[i] += state.forwards + partial[0]
         result.backwards[i] += state.backwards + partial[1]
         undefined[i] = state.undefined.flatten(1).sum(1)

@@ -16,6 +16,13 @@ from .autodiff import gradient_of, over_parts
 from .engine import AttackState
 
 # %% ../../nbs/32_pairs.ipynb #32-020
+def _takes_classes(per_class_logits):
+    try:
+        return 'classes' in signature(per_class_logits).parameters
+    except (TypeError, ValueError):  # there is none, or nobody knows its arguments
+        return False
+
+# %% ../../nbs/32_pairs.ipynb #32-020s1
 class PairMargin:
     """The margin of each image under attack, through the two classes that make it
 
@@ -31,8 +38,7 @@ class PairMargin:
         classes: Tensor | None = None,  # To leave and to reach `[B,2]`, for good; default: chosen
     ):
         self.state, self.refresh, self.calls = state, refresh, 0
-        decode = getattr(state.model, 'per_class_logits', None)
-        takes_classes = decode is not None and 'classes' in signature(decode).parameters
+        takes_classes = _takes_classes(getattr(state.model, 'per_class_logits', None))
         self.is_partial = takes_classes and state.n_classes > 2  # two are all there are
         self.is_chosen = classes is None
         self.classes = self._pairs(state.start.logits, state.all) if classes is None else classes
@@ -40,13 +46,10 @@ class PairMargin:
     def _pairs(self, logits, i):
         return torch.cat(self.state.rivals(logits, i, 1), 1)
 
-    def _choose(self, x, i):
-        "Pairs at points `x` `[b,...]` of images `i`; those at the images themselves are known"
-        is_due = self.is_chosen and self.calls % self.refresh == 0
-        if is_due and x is not self.state.x:
+    def look(self, x: Tensor, i: Tensor) -> None:
+        "Choose pairs anew at points `x` `[b,...]` of images `i`, for one forward pass."
+        if self.is_partial and self.is_chosen:
             self.classes[i] = self._pairs(self.state.logits(x, i), i)
-        self.calls += 1
-        return self.classes[i]
 
     def _decode(self, copies, classes):
         "Logits of pairs, and the gradient of each with respect to its copy of the image"
@@ -61,7 +64,7 @@ class PairMargin:
         "Logits `[b,C]`, of which those of the pairs are true, and gradients"
         state, copies = self.state, x.detach()[:, None].expand(-1, 2, *x.shape[1:])
         pair, J = over_parts(self._decode, state.model, copies, classes)
-        state.partial[:, i] += 2 / state.n_classes
+        state.partial[:, i] += 2
         below = pair.amin(1) - 1 - pair.abs().amax(1)
         logits = below[:, None].repeat(1, state.n_classes)
         logits = logits.scatter(1, classes, pair).requires_grad_()
@@ -90,7 +93,10 @@ class PairMargin:
         state = self.state
         if not self.is_partial:
             return state.gradient(objective, x, i)
-        logits, g = self._of_pairs(objective, x, i, self._choose(x, i))
+        if self.calls and self.calls % self.refresh == 0:
+            self.look(x, i)
+        self.calls += 1
+        logits, g = self._of_pairs(objective, x, i, self.classes[i])
         if state.target is not None:
             doubt = state.is_adversarial(logits, i).nonzero().squeeze(1)
             if len(doubt):

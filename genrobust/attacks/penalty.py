@@ -189,7 +189,9 @@ def carlini_wagner(
             logits, g = pairs.gradient(f, x[i], i)
             return logits, g.flatten(1), (i,)
 
+        start = _start(state, kappa, c, lr)
+        pairs.look(start[0], state.all)
         search = dict(kappa=kappa, binary_search_steps=binary_search_steps, steps=steps)
-        return minimise(state, gradient, state.logits, _start(state, kappa, c, lr), **search)
+        return minimise(state, gradient, state.logits, start, **search)
 
     return solve

@@ -47,40 +47,44 @@ class _Walk:
         if self.init_norm is not None:
             check_positive(init_norm=self.init_norm)
 
-    def first_norm(self, state):
-        "That of the nearest linearised boundary, of the nine strongest classes `[B]`"
-        if self.init_norm is not None:
-            return state.x.new_full((len(state),), self.init_norm)
+    def nearest(self, state):
+        "Distance of the nearest linearised boundary `[B]`, and the gradient of its margin `[B,...]`"
         _, f, grad_f = state.logit_differences(state.x, state.all, most=9)
-        dual = {1: math.inf, 2: 2, math.inf: 1}[self.p]
-        slope = norm(grad_f.flatten(0, 1), dual).view(f.shape)
-        distance = (f.abs() / slope.clamp_min(torch.finfo(slope.dtype).tiny)).amin(1)
-        width = state.width + torch.zeros_like(distance)
-        distance = distance.maximum(1e-4 * width).minimum(width * state.x[0].numel())
-        return distance.to(state.x.dtype)
+        slope = norm(grad_f.flatten(0, 1), {1: math.inf, 2: 2, math.inf: 1}[self.p]).view(f.shape)
+        distance, k = (f.abs() / slope.clamp_min(torch.finfo(slope.dtype).tiny)).min(1)
+        return distance, -grad_f[state.all, k]
 
     def move(self, delta, g, eps, size):
-        "One step of length `size` `[b]` against `g`, and onto balls of radius `eps` `[b]`"
-        step = unit(g, self.p if self.p != 1 else 2)
-        delta = delta - per_image(size, delta) * step
-        if not self.is_sphere:
-            return project(delta, per_image(eps, delta), self.p)
-        return delta * per_image(eps / norm(delta).clamp_min(torch.finfo(delta.dtype).tiny), delta)
+        "A step of length `size` `[B]` against `g`, and onto balls of radius `eps` `[B]`"
+        delta = delta - per_image(size, delta) * unit(g, 2 if self.p == 1 else self.p)
+        if self.is_sphere:
+            return per_image(eps, delta) * unit(delta, 2)
+        return project(delta, per_image(eps, delta), self.p)
 
     def __call__(self, state: AttackState) -> Tensor:
         best, pairs, i = BestNorm(state, self.p), PairMargin(state, self.refresh), state.all
-        x, eps = state.x, self.first_norm(state)
-        if self.random_start:
-            direction = unit(state.random(torch.randn, i), self.p if self.p != 1 else 2)
-            x = state.clip(x + per_image(eps, x) * direction)
+        wide = torch.promote_types(state.x.dtype, torch.float32)  # small changes of eps count
+        origin, (low, high) = state.x.to(wide), state.bounds
+        largest = norm(torch.maximum(origin - low, high - origin), self.p)  # of any image
+        eps, g = (values.to(wide) for values in self.nearest(state))
+        eps = eps if self.init_norm is None else torch.full_like(eps, self.init_norm)
+        eps = eps.clamp(1e-4 * largest, largest)
+        g = state.free(state.random(torch.randn, i), i).to(wide) if self.random_start else g
+        delta = self.move(torch.zeros_like(origin), g, eps, eps)
         for n in range(self.steps):
+            x = state.clip((origin + delta).to(state.x), i)
             logits, g = pairs.gradient(state.margin, x, i)
             is_beyond = best.update(x, logits, i)
             share = (1 + math.cos(math.pi * n / self.steps)) / 2  # falls from 1 to 0
             gamma = self.gamma * max(share, 1 / 300)
             size = self.step_size * max(share, 1 / 200) * eps
+            if self.p == 1:  # whose few pixels must not be those at their bounds
+                low, high = state.bounds_of()
+                g = g.masked_fill((x <= low) & (g > 0) | (x >= high) & (g < 0), 0)
             eps = eps * torch.where(is_beyond, 1 - gamma, 1 + gamma)
-            x = state.clip(state.x + self.move(x - state.x, g, eps, size), i)
+            eps = eps.clamp(torch.finfo(wide).eps * largest, largest)
+            delta = self.move(x - origin, g.to(wide), eps, size)
+        x = state.clip((origin + delta).to(state.x), i)
         best.update(x, state.logits(x, i), i)
         return best.x
 

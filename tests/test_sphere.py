@@ -1,0 +1,325 @@
+"Minimum-norm attacks that walk along the boundary: distances that are known, and margins through two classes of ten."
+
+import math
+
+import pytest
+import torch
+from test_attacks import elsewhere
+from torch import nn
+
+from genrobust.attacks import (
+    AttackState,
+    Normalized,
+    PairMargin,
+    Start,
+    ddn,
+    fmn,
+    margin,
+)
+from genrobust.attacks.engine import Batch
+from genrobust.attacks.gradient import project
+from genrobust.models import FACTORISATIONS, BayesClassifier
+
+
+def exact_distance(w, gap, x, p):
+    "Smallest p-norm that lowers `w @ x` by `gap` within [0, 1], by bisection, or greedily for p = 1"
+    room, a = torch.where(w > 0, x, 1 - x), w.abs()
+    if p == 1:
+        order = a.argsort(descending=True)
+        a, room = a[order], room[order]
+        gains = (a * room).cumsum(0)
+        n = int((gains < gap).sum())
+        return (room[:n].sum() + (gap - gains[n] + a[n] * room[n]) / a[n]).item()
+    shape, low, high = a if p == 2 else torch.ones_like(a), 0.0, 1e4
+    for _ in range(80):
+        middle = (low + high) / 2
+        far = (a * torch.minimum(room, middle * shape)).sum() < gap
+        low, high = (middle, high) if far else (low, middle)
+    return torch.minimum(room, high * shape).norm(p).item()
+
+
+def exact_distances(linear, result, p):
+    w, x = linear.weight.detach().double(), result.x.double()
+    logits, found = x @ w.T + linear.bias.detach(), []
+    for n, y in enumerate(result.y.tolist()):
+        rivals = [k for k in range(len(w)) if k != y]
+        if result.target is not None:
+            rivals = [result.target[n].item()]
+        found.append(
+            min(
+                exact_distance(w[y] - w[k], (logits[n, y] - logits[n, k]).item(), x[n], p)
+                for k in rivals
+            )
+        )
+    return torch.tensor(found)
+
+
+def size_of(result, p):
+    return result.perturbation.double().flatten(1).norm(p, dim=1)
+
+
+RUNS = [(ddn, 2, {}), (fmn, 1, dict(p=1)), (fmn, 2, {}), (fmn, math.inf, dict(p=math.inf))]
+each_norm = pytest.mark.parametrize('attack, p, own', RUNS, ids=['ddn', 'fmn1', 'fmn2', 'fmninf'])
+
+
+@each_norm
+@pytest.mark.parametrize('classes', [2, 10])
+@pytest.mark.parametrize('dark', [False, True])
+def test_the_distance_of_a_linear_model_within_bounds(attack, p, own, classes, dark):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(81, classes).eval(), torch.rand(16, 81)
+    x = x * (torch.rand(16, 81) < 0.5) if dark else x * 0.2 + 0.4
+    result = attack(linear, x, **own)
+    ratio = size_of(result, p) / exact_distances(linear, result, p)
+    assert result.success.all() and 0.999 < ratio.min()
+    assert ratio.mean() < 1.01 and ratio.max() < 1.1, ratio
+
+
+@each_norm
+def test_a_target_of_a_linear_model(attack, p, own):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(81, 2).eval(), torch.rand(8, 81) * 0.2 + 0.4
+    result = attack(linear, x, target=1 - linear(x).argmax(1), **own)
+    ratio = size_of(result, p) / exact_distances(linear, result, p)
+    assert result.success.all() and 0.999 < ratio.min() and ratio.mean() < 1.01
+
+
+@each_norm
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
+def test_coarse_and_fine_numbers(attack, p, own, dtype):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(81, 4).to(dtype).eval(), (torch.rand(16, 81) * 0.2 + 0.4).to(dtype)
+    result = attack(linear, x, **own)
+    assert result.success.all() and result.x_adv.dtype == dtype
+    if dtype == torch.float64:
+        ratio = size_of(result, p) / exact_distances(linear, result, p)
+        assert 0.999 < ratio.min() and ratio.mean() < 1.01
+
+
+@each_norm
+@pytest.mark.parametrize('steps', [1, 400])
+def test_no_gradient_no_success_and_no_overflow(attack, p, own, steps):
+    "The norm doubles every few steps where nothing is found, up to the farthest corner"
+
+    class Flat(nn.Module):
+        def forward(self, x):
+            assert x.isfinite().all()
+            level = 0 * x.flatten(1).sum(1)
+            return torch.stack([level + 1, level], 1)
+
+    x = torch.rand(3, 1, 4, 4)
+    result = attack(Flat().eval(), x, steps=steps, gamma=0.9, **own)
+    assert not result.success.any() and torch.equal(result.x_adv, x)
+
+
+@each_norm
+def test_an_image_on_the_boundary(attack, p, own):
+    torch.manual_seed(0)
+    model = nn.Linear(16, 3, bias=False).eval()
+    result = attack(model, torch.zeros(3, 16), **own)
+    assert result.success.all() and result.linf.max() < 0.01
+
+
+@each_norm
+def test_bounds_and_masks_of_each_image(attack, p, own):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(20, 3).eval(), torch.rand(6, 20)
+    mask, low, high = torch.rand(6, 20) < 0.7, -torch.arange(6.0), 1 + torch.arange(6.0)
+    mask[0] = False
+    result = attack(linear, x, mask=mask, bounds=(low, high), **own)
+    assert torch.equal(result.x_adv[~mask], x[~mask]) and not result.success[0]
+    assert (result.x_adv >= low[:, None]).all() and (result.x_adv <= high[:, None]).all()
+    assert result.success[1:].any()
+
+
+@pytest.mark.parametrize('init_norm', [1e-3, 0.1, 1e6])
+def test_any_first_norm_ends_at_the_same_distance(init_norm):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(81, 2).eval(), torch.rand(8, 81) * 0.2 + 0.4
+    result = ddn(linear, x, init_norm=init_norm)
+    ratio = result.l2 / exact_distances(linear, result, 2)
+    assert result.success.all() and 0.999 < ratio.min() and ratio.max() < 1.05
+
+
+def test_parameters_that_make_no_sense():
+    def never(x):
+        raise AssertionError('the model was asked')
+
+    x = torch.rand(2, 5)
+    for own, match in [
+        (dict(steps=0), 'steps'),
+        (dict(steps=1.5), 'steps'),
+        (dict(gamma=0), 'gamma'),
+        (dict(gamma=1), 'gamma'),
+        (dict(gamma=math.nan), 'gamma'),
+        (dict(step_size=0), 'step_size'),
+        (dict(refresh=0), 'refresh'),
+    ]:
+        for attack in (ddn, fmn):
+            with pytest.raises(ValueError, match=match):
+                attack(never, x, **own)
+    for p in (0, 3, 'two', math.nan):
+        with pytest.raises(ValueError, match='p must be 1, 2 or inf'):
+            fmn(never, x, p=p)
+    with pytest.raises(ValueError, match='init_norm'):
+        ddn(never, x, init_norm=0)
+
+
+@pytest.mark.parametrize('p', [1, 2, math.inf])
+def test_projections_are_the_nearest_points(p):
+    torch.manual_seed(0)
+    delta, eps = torch.randn(50, 6).double(), torch.rand(50, 1).double() * 3
+    near = project(delta, eps, p)
+    assert (near.norm(p, dim=1) <= eps[:, 0] + 1e-12).all()
+    inside = delta.norm(p, dim=1) <= eps[:, 0]
+    assert inside.any() and torch.equal(near[inside], delta[inside])
+    distance = (delta - near).norm(dim=1)
+    for _ in range(200):
+        other = torch.randn(50, 6).double()
+        other = other / other.norm(p, dim=1, keepdim=True).maximum(torch.ones(50, 1)) * eps
+        assert ((delta - other).norm(dim=1) >= distance - 1e-9).all()
+
+
+# --- two classes of ten
+
+
+def small_bayes(name='GFZ', n_samples=3):
+    torch.manual_seed(0)
+    return BayesClassifier(name, hidden=16, latent=4, n_samples=n_samples).double().eval()
+
+
+def state_of(model, x, target=None):
+    logits = model(x).detach()
+    return AttackState(
+        model, Start(logits), Batch(x, logits.argmax(1), target, torch.arange(len(x)))
+    )
+
+
+@pytest.mark.parametrize('name', list(FACTORISATIONS))
+def test_two_classes_give_the_whole_margin_and_its_gradient(name):
+    model, x = small_bayes(name).fixed(1), torch.rand(3, 1, 28, 28).double()
+    state = state_of(model, x)
+    pairs = PairMargin(state)
+    logits, g = pairs.gradient(state.margin, x, state.all)
+    whole, expected = state.gradient(state.margin, x, state.all)
+    assert torch.allclose(
+        state.margin(logits, state.all), state.margin(whole, state.all), atol=1e-10
+    )
+    assert torch.allclose(g, expected, atol=1e-10) and g.abs().max() > 0
+    assert (logits.argmax(1) == whole.argmax(1)).all()
+    other = torch.rand_like(x)
+    pairs.look(other, state.all)
+    logits, g = pairs.gradient(state.margin, other, state.all)
+    whole, expected = state.gradient(state.margin, other, state.all)
+    assert torch.allclose(
+        state.margin(logits, state.all), state.margin(whole, state.all), atol=1e-10
+    )
+    assert torch.allclose(g, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', list(FACTORISATIONS))
+def test_logits_of_some_classes_are_those_of_all(name):
+    clf, x = small_bayes(name), torch.rand(3, 1, 28, 28).double()
+    model, classes = clf.fixed(2), torch.tensor([[7, 0], [3, 9], [5, 5]])
+    copies = x[:, None].expand(-1, 2, -1, -1, -1)
+    assert torch.allclose(
+        model.per_class_logits(copies, classes), model(x).gather(1, classes), atol=1e-10
+    )
+    averaged = clf.averaged(3, 1)
+    assert torch.allclose(
+        averaged.per_class_logits(copies, classes), averaged(x).gather(1, classes), atol=1e-10
+    )
+
+
+class Three(nn.Module):
+    "Three linear classes that can be evaluated one by one; what was evaluated is counted"
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.n_classes, self.whole, self.classes = len(weight), 0, 0
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x):
+        self.whole += len(x)
+        return x @ self.weight.T + self.bias
+
+    def per_class_logits(self, xc, classes=None):
+        if classes is None:
+            classes = torch.arange(self.n_classes).expand(len(xc), -1)
+            self.whole += len(xc)
+        else:
+            self.classes += classes.numel()
+        return (xc * self.weight[classes]).sum(-1) + self.bias[classes]
+
+
+def test_a_third_class_that_wins_is_no_success_for_a_target():
+    "Class 2 overtakes both of the pair (0, 1) on the straight way to the target"
+    model = Three(
+        torch.tensor([[0.0, 0.0], [1.0, 0.3], [2.0, -2.0]]), torch.tensor([0.0, -0.5, -0.7])
+    ).eval()
+    x, target = torch.tensor([[0.1, 0.1]]), torch.tensor([1])
+    state = state_of(model, x, target)
+    pairs, there = PairMargin(state), torch.tensor([[0.7, 0.1]])
+    logits, _ = pairs.gradient(state.margin, there, state.all)
+    assert model(there).argmax(1) == 2 and not state.is_adversarial(logits, state.all)
+    assert torch.allclose(logits, model(there)) and pairs.classes.tolist() == [[2, 1]]
+    result = ddn(model, x, target=1)
+    assert result.success.all() and model(result.x_adv).argmax(1) == 1
+    plain = ddn(lambda x: model(x), x, target=1)
+    assert torch.allclose(result.l2, plain.l2, rtol=0.05)
+
+
+def test_the_margin_of_a_pair_is_never_below_that_of_all():
+    model, x = small_bayes().fixed(0), torch.rand(4, 1, 28, 28).double()
+    state = state_of(model, x)
+    pairs = PairMargin(state)
+    for _ in range(5):
+        there = torch.rand_like(x)
+        logits, _ = pairs.gradient(state.margin, there, state.all)
+        true = margin(model(there), state.y)
+        assert (state.margin(logits, state.all) >= true - 1e-10).all()
+
+
+def test_passes_through_pairs_are_counted_by_class():
+    torch.manual_seed(0)
+    model = Three(torch.randn(10, 6), torch.randn(10)).eval()
+    x = torch.rand(5, 6)
+    result = ddn(model, x, steps=30, refresh=10)
+    assert model.classes == 5 * 30 * 2
+    assert (result.backwards == 1 + 6).all()  # the Jacobian, and a fifth of 30
+    looks = 3 + 1  # and the last point
+    assert ((result.forwards - 1 - 6 - looks >= 0) & (result.forwards - 1 - 6 - looks <= 1)).all()
+    assert model.whole == result.forwards.sum() - 5 * 6
+
+
+def test_models_without_pairs_are_evaluated_whole():
+    model, x = elsewhere()
+    state = state_of(model, x)
+    pairs = PairMargin(state)
+    pairs.look(x, state.all)
+    assert not pairs.is_partial and not state.forwards.any()
+    logits, g = pairs.gradient(state.margin, x, state.all)
+    assert torch.equal(logits, model(x)) and (state.forwards == 1).all() and g.shape == x.shape
+
+
+def test_pairs_of_a_normalised_classifier():
+    clf = small_bayes().fixed(0)
+    x = torch.rand(2, 1, 28, 28).double()
+    state = state_of(Normalized(clf, 0.1, 0.9), x)
+    pairs = PairMargin(state)
+    assert pairs.is_partial
+    whole, expected = state.gradient(state.margin, x, state.all)
+    assert torch.allclose(pairs.gradient(state.margin, x, state.all)[1], expected, atol=1e-10)
+
+
+def test_pairs_and_all_classes_lead_to_the_same_distance():
+    clf, x = small_bayes().fixed(0), torch.rand(2, 1, 28, 28).double()
+
+    class Whole(nn.Module):
+        def forward(self, x):
+            return clf(x)
+
+    fast, slow = ddn(clf, x, steps=12), ddn(Whole().eval(), x, steps=12)
+    assert torch.equal(fast.success, slow.success)
+    both = fast.success
+    assert torch.allclose(fast.l2[both], slow.l2[both], rtol=0.05)
