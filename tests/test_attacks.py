@@ -12,6 +12,7 @@ from torch import nn
 from genrobust import attacks
 from genrobust.attacks import (
     AttackResult,
+    alma,
     apgd,
     carlini_wagner,
     deepfool,
@@ -35,9 +36,10 @@ from genrobust.models import CNN, BayesClassifier, load_pretrained
 
 JACOBIANS = [deepfool, truncated_deepfool]
 QUERIES = [zoo, spsa, square, hop_skip_jump]
-MINIMUM_NORM = [*JACOBIANS, carlini_wagner, zoo, hop_skip_jump]
+MINIMUM_NORM = [*JACOBIANS, alma, carlini_wagner, zoo, hop_skip_jump]
 ATTACKS = [random_noise, fgsm, pgd, mim, apgd, spsa, square, *MINIMUM_NORM]
 SMALL = {
+    alma: dict(steps=20),
     pgd: dict(steps=5, restarts=2),
     mim: dict(steps=5),
     apgd: dict(steps=5),
@@ -48,6 +50,7 @@ SMALL = {
     hop_skip_jump: dict(max_queries=60, init_queries=10, samples=10),
 }
 FEW = {
+    alma: dict(steps=5, refresh=2),
     zoo: dict(max_queries=70, coordinates=10),
     carlini_wagner: dict(steps=5, binary_search_steps=2),
     deepfool: dict(steps=5),

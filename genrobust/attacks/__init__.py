@@ -8,6 +8,7 @@ from .core import *
 from .gradient import *
 from .boundary import *
 from .penalty import *
+from .lagrangian import *
 from .sphere import *
 from .zeroth_order import *
 from .score_based import *
