@@ -19,6 +19,7 @@ from .attacks.core import of_images, one_vs_all
 from .attacks.engine import Algorithm, run
 from .attacks.gradient import apgd
 from .attacks.inputs import as_eps, check_images, check_range
+from .attacks.lagrangian import alma
 from .attacks.penalty import carlini_wagner
 from .attacks.projection import fab
 from .attacks.result import AttackResult, norm, require
@@ -51,6 +52,7 @@ def _minimum_norm(p, size):
     wide = partial(walk, steps=400, step_size=2.0, random_start=True)
     attacks[f'{name}, 400 steps'] = wide
     if p == 2:
+        attacks['ALMA'] = partial(alma, steps=300)
         attacks['Carlini-Wagner'] = carlini_wagner
     n_restarts, again = 5, partial(walk, steps=200, random_start=True)
     if size == 'thorough':

@@ -12,6 +12,7 @@ from torch import nn
 from genrobust import attacks
 from genrobust.attacks import (
     AttackResult,
+    alma,
     apgd,
     carlini_wagner,
     ddn,
@@ -40,9 +41,10 @@ from genrobust.models import CNN, BayesClassifier, load_pretrained
 JACOBIANS = [deepfool, truncated_deepfool]
 QUERIES = [zoo, spsa, square, hop_skip_jump]
 WALKS = [ddn, fmn]
-MINIMUM_NORM = [*JACOBIANS, *WALKS, carlini_wagner, superdeepfool, fab, zoo, hop_skip_jump]
+MINIMUM_NORM = [*JACOBIANS, *WALKS, alma, carlini_wagner, superdeepfool, fab, zoo, hop_skip_jump]
 ATTACKS = [random_noise, fgsm, pgd, mim, apgd, spsa, square, *MINIMUM_NORM]
 SMALL = {
+    alma: dict(steps=20),
     ddn: dict(steps=20),
     fmn: dict(steps=20),
     pgd: dict(steps=5, restarts=2),
@@ -57,6 +59,7 @@ SMALL = {
     hop_skip_jump: dict(max_queries=60, init_queries=10, samples=10),
 }
 FEW = {
+    alma: dict(steps=5, refresh=2),
     ddn: dict(steps=5, refresh=2),
     fmn: dict(steps=5, refresh=2),
     zoo: dict(max_queries=70, coordinates=10),

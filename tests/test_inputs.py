@@ -14,6 +14,7 @@ from genrobust.attacks import (
     EOT,
     AttackResult,
     Normalized,
+    alma,
     carlini_wagner,
     ddn,
     deepfool,
@@ -36,6 +37,7 @@ within_a_ball = pytest.mark.parametrize('attack', IN_A_BOX, ids=lambda f: f.__na
 
 
 ENOUGH = {
+    alma: dict(steps=30),
     ddn: dict(steps=30),
     fmn: dict(steps=30),
     deepfool: dict(steps=50),
@@ -399,7 +401,7 @@ def on_levels(n=20):
 @pytest.mark.parametrize('p', [2, torch.inf])
 def test_quantized_survives_a_file(attack, p):
     x, net = on_levels(), make_net()
-    own = {} if attack in (random_noise, carlini_wagner, zoo, ddn) else dict(p=p)
+    own = {} if attack in (random_noise, alma, carlini_wagner, zoo, ddn) else dict(p=p)
     if attack in IN_A_BOX:
         own['eps'] = 20 / 255 if p == torch.inf else 0.7
     result, plain = (enough(attack, net, x, quantized=q, **own) for q in (True, False))
@@ -455,7 +457,7 @@ def test_quantized_where_nothing_can_survive():
 @every_attack
 def test_a_trace_holds_every_evaluation(attack, tmp_path):
     x, net = images(), make_net()
-    own = {} if attack in (random_noise, carlini_wagner, zoo, ddn) else dict(p=torch.inf)
+    own = {} if attack in (random_noise, alma, carlini_wagner, zoo, ddn) else dict(p=torch.inf)
     result = small(attack, net, x, trace=True, batch_size=4, **own)
     same(result, small(attack, net, x, batch_size=4, **own))
     trace = result.trace

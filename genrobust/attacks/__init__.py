@@ -9,6 +9,7 @@ from .gradient import *
 from .boundary import *
 from .penalty import *
 from .sphere import *
+from .lagrangian import *
 from .projection import *
 from .zeroth_order import *
 from .score_based import *
