@@ -27,8 +27,11 @@ class PairMargin:
     def __init__(
         self,
         state: AttackState,  # Images under attack
-        refresh: int = 20,  # Calls of `gradient` from one choice of pairs to the next
+        # Calls of `gradient` from one choice of pairs to the next; with a target at most 5
+        refresh: int = 20,
     ):
+        # with a target the class to leave changes as an image moves
+        refresh = refresh if state.target is None else min(refresh, 5)
         self.state, self.refresh, self.calls = state, refresh, 0
         decode = getattr(state.model, 'per_class_logits', None)
         takes_classes = decode is not None and 'classes' in signature(decode).parameters
