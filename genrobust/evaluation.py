@@ -40,7 +40,7 @@ def _restart(attack, n):
 
     return from_elsewhere
 
-
+# %% ../nbs/16_worst_case.ipynb #16-020s1
 def _minimum_norm(p, size):
     "Attacks that look for the smallest perturbation, the cheap ones first"
     name, walk = ('DDN', ddn) if p == 2 else ('FMN', partial(fmn, p=p))
@@ -61,7 +61,7 @@ def _minimum_norm(p, size):
     restarts = {f'{name}, restart {n}': _restart(again, n) for n in range(1, n_restarts + 1)}
     return attacks | restarts
 
-
+# %% ../nbs/16_worst_case.ipynb #16-020s2
 def _fixed_budget(p, eps, size):
     "Attacks within a ball, the cheap ones first"
     climb = partial(apgd, p=p, eps=eps, early_stop=True)
@@ -75,7 +75,7 @@ def _fixed_budget(p, eps, size):
         attacks['Square'] = partial(square, p=p, eps=eps, max_queries=5000)
     return attacks
 
-
+# %% ../nbs/16_worst_case.ipynb #16-020s3
 def ensemble(
     p: float = 2,  # Norm: 1, 2 or inf
     eps: float | Tensor | None = None,  # Radius within which to look; None: as near as can be
@@ -97,7 +97,7 @@ def _size(result, p):
     units = 1 if p == math.inf else 4
     return size, units * torch.finfo(result.x.dtype).eps * (size + largest)
 
-
+# %% ../nbs/16_worst_case.ipynb #16-022s1
 def worst_case(
     model: nn.Module,  # Images `[B,...]` to logits `[B,C]`, in eval mode
     x: Tensor,  # Images `[N,...]` within `bounds`
@@ -151,7 +151,7 @@ def _name(attack):
         inner.append(f'{name}={value if is_short else "..."}')
     return f'{_name(attack.func)}({", ".join(inner)})'
 
-
+# %% ../nbs/16_worst_case.ipynb #16-021s1
 def _named(attacks):
     "Attacks by name; a `ValueError` for what is none"
     is_list = isinstance(attacks, Sequence) and not isinstance(attacks, str)
@@ -171,7 +171,7 @@ def _named(attacks):
         require('target' not in _own(attack), f'{name} aims at a target: leave target out')
     return attacks
 
-
+# %% ../nbs/16_worst_case.ipynb #16-021s2
 def _own(attack, **defaults):
     "Parameters that `partial` has set, and what else of the defaults the attack knows"
     own, inner = {}, attack
@@ -181,7 +181,7 @@ def _own(attack, **defaults):
     known = signature(inner).parameters
     return {k: v for k, v in defaults.items() if k in known and v is not None} | own
 
-
+# %% ../nbs/16_worst_case.ipynb #16-021s3
 def _radii(eps, x):
     "Radius of each image, float64 `[N]`; a `ValueError` for what is none"
     check_images(x)
@@ -194,7 +194,7 @@ def _radii(eps, x):
     require(radii.numel() == len(x), text)
     return radii.flatten()
 
-
+# %% ../nbs/16_worst_case.ipynb #16-021s4
 def _check_shared(shared):
     "An error for what is no parameter of all attacks"
     why = dict(target='it counts any other class', trace='it runs several attacks')

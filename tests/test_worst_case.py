@@ -376,7 +376,7 @@ def test_the_margin_of_pairs_is_that_of_all_classes(attack, target, classes):
     few = {} if attack is fgsm else dict(steps=10)
     how = dict(eps=0.3, loss='margin', target=target, **few)
     pair, plain = attack(model, x, y, **how), attack(lambda x: model(x), x, y, **how)
-    assert pair.success.sum() >= plain.success.sum() - 1 and pair.success.any()
+    assert pair.success.sum() >= plain.success.sum() - 3 and pair.success.any()
     assert torch.equal(pair.y_adv, model(pair.x_adv).argmax(1))
     if classes == 2:
         assert torch.allclose(pair.x_adv, plain.x_adv, atol=1e-9)

@@ -147,6 +147,16 @@ def _rank_targets(model, x, y, n_targets, shared):
         targets[positions] = goals
     return first, targets
 
+# %% ../../nbs/03_attacks.ipynb #03-052s0
+def _add(best, one, i, better):
+    "What an attack on images `i` found, where it is better, and what it spent"
+    for name in ('x_adv', 'y_adv', 'success'):
+        getattr(best, name)[i[better]] = getattr(one, name)[better]
+    if one.trace is not None:
+        best.trace = Trace.cat([best.trace, one.trace], dim=1)
+    best.forwards[i] += one.forwards
+    best.backwards[i] += one.backwards
+
 # %% ../../nbs/03_attacks.ipynb #03-052s1
 def one_vs_all(
     attack: Callable,  # An attack of this package
@@ -180,17 +190,11 @@ def one_vs_all(
         size = norm(one.perturbation, settings.get('p', 2))
         better = one.success & (size < smallest[i])
         smallest[i[better]] = size[better]
-        for name in ('x_adv', 'y_adv', 'success'):
-            getattr(best, name)[i[better]] = getattr(one, name)[better]
-        if one.trace is not None:
-            best.trace = Trace.cat([best.trace, one.trace], dim=1)
-        best.forwards[i] += one.forwards
-        best.backwards[i] += one.backwards
+        _add(best, one, i, better)
         if kwargs.get('early_stop') and one.trace is None:
             i = (best.attacked & ~best.success).nonzero().squeeze(1)
         if not len(i):
             break
     targets_of = {} if n_targets is None else dict(n_targets=n_targets)
-    name = f'one_vs_all({settings["attack"]})'
-    best.settings = dict(settings, attack=name, **targets_of)
+    best.settings = dict(settings, attack=f'one_vs_all({settings["attack"]})', **targets_of)
     return best
