@@ -97,6 +97,15 @@ def _size(result, p):
     units = 1 if p == math.inf else 4
     return size, units * torch.finfo(result.x.dtype).eps * (size + largest)
 
+# %% ../nbs/16_worst_case.ipynb #16-022s0
+def _keep(best, one, i, better, n):
+    "Add what attack `n` found on images `i` to the best, where it is better"
+    k = i[better]
+    best.x_adv[k], best.y_adv[k] = one.x_adv[better], one.y_adv[better]
+    best.success[k], best.found_by[k] = True, n
+    best.forwards[i] += one.forwards
+    best.backwards[i] += one.backwards
+
 # %% ../nbs/16_worst_case.ipynb #16-022s1
 def worst_case(
     model: nn.Module,  # Images `[B,...]` to logits `[B,C]`, in eval mode
@@ -128,15 +137,12 @@ def worst_case(
         given = _own(attack, p=p, eps=eps) | shared
         one = attack(model, x[i], best.y[i], **of_images(given, x, i))
         found, slack = _size(one, p)
-        better = (one.y_adv != best.y[i]) & (found > 0) & (found < smallest[i])
-        better &= found <= radius[i] + slack
+        is_within = (found > 0) & (found <= radius[i] + slack)
+        better = (one.y_adv != best.y[i]) & is_within & (found < smallest[i])
         is_nearer = better & (found < 0.99 * smallest[i])
         idle[i] = torch.where(is_nearer | smallest[i].isinf(), 0, idle[i] + 1)
-        k = i[better]
-        smallest[k], best.success[k], best.found_by[k] = found[better], True, n
-        best.x_adv[k], best.y_adv[k] = one.x_adv[better], one.y_adv[better]
-        best.forwards[i] += one.forwards
-        best.backwards[i] += one.backwards
+        smallest[i[better]] = found[better]
+        _keep(best, one, i, better, n)
         i = i[idle[i] < PATIENCE] if eps is None else i[~best.success[i]]
     return best
 

@@ -124,7 +124,7 @@ def of_images(
         own['bounds'] = tuple(bound[i] if isinstance(bound, Tensor) else bound for bound in bounds)
     return own
 
-
+# %% ../../nbs/03_attacks.ipynb #03-052a
 _OF_IMAGES = ('bounds', 'batch_size', 'allow_training', 'draws', 'logits_of', 'trace', 'mask')
 _OF_IMAGES += ('quantized',)
 

@@ -40,7 +40,7 @@ def ce_loss(
     They rise with the cross-entropy of `y`, or as that of the target falls, and do not saturate."""
     return -log_odds(logits, y) if target is None else log_odds(logits, target)
 
-
+# %% ../../nbs/04_fgsm.ipynb #04-008y
 def margin_loss(
     logits: Tensor,  # `[B,C]`
     y: Tensor,  # `[B]` labels

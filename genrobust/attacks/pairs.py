@@ -34,12 +34,12 @@ class PairMargin:
     def __init__(
         self,
         state: AttackState,  # Images under attack
-        # Calls of `gradient` from one choice of pairs to the next; with a target at most 10
+        # Calls of `gradient` from one choice of pairs to the next; with a target at most 5
         refresh: int = 20,
         classes: Tensor | None = None,  # To leave and to reach `[B,2]`, for good; default: chosen
     ):
         # with a target the class to leave changes as an image moves
-        refresh = refresh if state.target is None else min(refresh, 10)
+        refresh = refresh if state.target is None else min(refresh, 5)
         self.state, self.refresh, self.calls = state, refresh, 0
         takes_classes = _takes_classes(getattr(state.model, 'per_class_logits', None))
         self.is_partial = takes_classes and state.n_classes > 2  # two are all there are

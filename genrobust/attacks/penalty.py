@@ -165,7 +165,7 @@ def check_penalty(
     check_positive(**{name: v for name, v in dict(c=c, lr=lr).items() if v is not None})
     check_counts(binary_search_steps=binary_search_steps)
 
-
+# %% ../../nbs/06_carlini_wagner.ipynb #06-021a
 @attack(first='jacobian')
 def carlini_wagner(
     *,

@@ -60,6 +60,12 @@ def _cross(state, p, steps, overshoot, rivals):
         found[i] = x
     return found
 
+# %% ../../nbs/15_projections.ipynb #15-025c
+# A projection has failed after so many evaluations that did not lead back beyond the boundary
+TRIES = 6
+# An image has arrived where no longer part of a projection leads nearer
+LEAST_SHARE = 1 / 64
+
 # %% ../../nbs/15_projections.ipynb #15-026
 class _Projections:
     "From points near the boundary: project, return to the boundary, keep what is nearer"
@@ -92,12 +98,6 @@ class _Projections:
         crossing = _deepfool_point(state, x, i, evaluated, p, self.overshoot)
         self.x[i] = torch.where(per_image(again, x), projected, crossing)
         return i[self.share[i] > LEAST_SHARE]
-
-
-# A projection has failed after so many evaluations that did not lead back beyond the boundary
-TRIES = 6
-# An image has arrived where no longer part of a projection leads nearer
-LEAST_SHARE = 1 / 64
 
 # %% ../../nbs/15_projections.ipynb #15-028
 def search_back(
