@@ -387,8 +387,9 @@ def _add_attack(commands, common):
         )
         group = attack.add_argument_group(f'parameters of {name}')
         _options(group, f, without=('allow_training', 'progress', 'draws'))
-        eot = group.add_argument('--eot', dest='draws', type=_count, default=1, metavar='N')
-        eot.help = f'{docments(f)["draws"]} (default: 1)'
+        if 'draws' in signature(f).parameters:
+            eot = group.add_argument('--eot', dest='draws', type=_count, default=1, metavar='N')
+            eot.help = f'{docments(f)["draws"]} (default: 1)'
 
 # %% ../nbs/27_cli.ipynb #27-016ds1
 def _weights():

@@ -95,7 +95,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = dict(
-    quick=Preset(500, 500, 500, 40),
+    quick=Preset(500, 500, 500, 35),
     standard=Preset(5000, 10_000, 10_000, 200, carlini_wagner=32, zoo=8, apgd=200),
     full=Preset(5000, 10_000, 10_000, 10_000, carlini_wagner=1000, zoo=100, apgd=10_000),
 )
