@@ -263,6 +263,7 @@ _OURS = {
         _ours('carlini_wagner', lambda p, n, m: dict(steps=max(1, n // 5))), _L2
     ),
     'genrobust.ddn': Contestant(_ours('ddn', lambda p, n, m: dict(steps=n)), _L2),
+    'genrobust.alma': Contestant(_ours('alma', lambda p, n, m: dict(steps=n)), _L2),
     'genrobust.fmn': Contestant(_ours('fmn', lambda p, n, m: dict(p=p, steps=n))),
     'genrobust.fab': Contestant(_ours('fab', lambda p, n, m: dict(p=p, steps=m))),
     'genrobust.apgd': Contestant(_ours_in_a_ball('apgd', loss='dlr')),
