@@ -780,7 +780,7 @@ def attack(
 
         attack_images.__signature__, attack_images.__delwrap__ = whole, run
         attack_images.minimum_norm, attack_images.black_box = minimum_norm, black_box
-        if make.__module__.startswith('genrobust.'):
+        if (make.__module__ or '').startswith('genrobust.'):
             _ATTACKS[name] = attack_images
         return attack_images
 
