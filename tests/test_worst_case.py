@@ -285,7 +285,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize('kw, match', BAD, ids=str)
+@pytest.mark.parametrize('kw, match', BAD, ids=map(str, range(len(BAD))))
 def test_bad_input_is_one_error_before_the_model_is_asked(kw, match):
     with pytest.raises(ValueError, match=match):
         worst_case(**dict(dict(model=NEVER, x=images()), **kw))
