@@ -188,7 +188,7 @@ def one_vs_all(
         one = attack(model, x[i], best.y[i], target=target[i], seed=seed, **own)
         settings = settings or one.settings  # those for all images
         size = norm(one.perturbation, settings.get('p', 2))
-        better = one.success & (size < smallest[i])
+        better = (one.success & (size < smallest[i])).nonzero().squeeze(1)
         smallest[i[better]] = size[better]
         _add(best, one, i, better)
         if kwargs.get('early_stop') and one.trace is None:

@@ -236,7 +236,8 @@ class _Ascent:
             best.update(now.x, logits, now.i)
             now.value = objective(logits, now.i)
             if self.early_stop:
-                now = now[~best.success[now.i]]
+                active = (~best.success[now.i]).nonzero().squeeze(1)
+                now = now[active] if len(active) < len(now.i) else now
             if not len(now.i):
                 return
             self.step(state, now, n)
@@ -244,11 +245,12 @@ class _Ascent:
 
     def __call__(self, state):
         best, i = BestMargin(state), state.all
-        for _ in range(self.restarts):
-            self.climb(state, best, i)
-            i = i[~best.success[i]]
+        for n in range(self.restarts):
+            if n:
+                (i,) = best.active(i)
             if not len(i):
                 break
+            self.climb(state, best, i)
         return best.x
 
 # %% ../../nbs/04_fgsm.ipynb #04-020b

@@ -52,7 +52,7 @@ def _cross(state, p, steps, overshoot, rivals):
     found, x, i = state.x.clone(), state.x, state.all
     for _ in range(steps):
         evaluated = state.logit_differences(x, i, rivals)
-        active = ~state.is_beyond(evaluated[0], i)
+        active = (~state.is_beyond(evaluated[0], i)).nonzero().squeeze(1)
         x, i, evaluated = x[active], i[active], [v[active] for v in evaluated]
         if not len(i):
             break
