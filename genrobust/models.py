@@ -85,7 +85,8 @@ class Classifier(nn.Module):
         kl: float = 1.0,  # Weight of the term of the latent, where there is one
     ) -> Tensor:  # Scalar, nats
         "What training minimises: the cross-entropy."
-        return F.cross_entropy(self(x), self.labels_of(y, len(x)))
+        logits = self(x)
+        return F.cross_entropy(logits, self.labels_of(y, len(x)).to(logits.device))
 
     def labels_of(
         self,

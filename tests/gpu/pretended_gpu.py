@@ -17,6 +17,7 @@ import tempfile
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from unittest.mock import patch
 
 # What autograd and `torch.device` ask of a backend, before any tensor is there
@@ -57,34 +58,35 @@ def _library():
         link = [f'-I{torch}/include', f'-L{torch}/lib', f'-Wl,-rpath,{torch}/lib']
         link += ['-lc10', '-ltorch_cpu']
         command = ['g++', '-shared', '-fPIC', '-std=c++20', '-x', 'c++', '-', '-o', own, *link]
+        if which('g++') is None:
+            raise OSError('there is no g++')
         made = subprocess.run(command, input=SOURCE, text=True, capture_output=True)
         if made.returncode:
-            raise OSError(made.stderr[-2000:])
+            raise RuntimeError(made.stderr[-2000:])
         own.rename(path)
     return ctypes.CDLL(str(path))
 
 
-WHY_NOT = None  # why there can be no such device here
+WHY_NOT, is_hopeless = None, False  # why there can be no such device here; for any PyTorch
 try:
     if sys.platform != 'linux':
         raise OSError('only on Linux')
     if 'torch' in sys.modules:
         raise OSError('PyTorch was imported first: pytest -p pretended_gpu')
     _plug_in = _library().plug_in
-except (OSError, AttributeError) as e:
-    WHY_NOT = f'no pretended GPU: {e}'
+except (OSError, RuntimeError) as e:
+    WHY_NOT, is_hopeless = f'no pretended GPU: {e}', isinstance(e, OSError)
 
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402 F401, which looks at what is patched below
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 
 if WHY_NOT is None:
     if torch.version.cuda is None:
         WHY_NOT = 'no pretended GPU: this PyTorch is not built for CUDA'
     elif torch.cuda.is_available():
-        WHY_NOT = 'no pretended GPU: there is a real one'
+        WHY_NOT, is_hopeless = 'no pretended GPU: there is a real one', True
     else:
         _plug_in()
 
@@ -96,6 +98,22 @@ INDEXED = 'index', 'index_put', 'index_put_', '_index_put_impl_'
 TAKE_SCALARS = 'masked_fill', 'masked_fill_', 'fill_', *INDEXED
 PRODUCTS = 'mm', 'addmm', 'bmm', 'baddbmm'
 CONVOLUTIONS = 'convolution', 'convolution_backward'
+
+
+def _map(change, value):
+    "Arguments or results of an operation, with each tensor changed"
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)([_map(change, v) for v in value])
+    return {k: _map(change, v) for k, v in value.items()} if type(value) is dict else value
+
+
+def _tensors(value):
+    "All that are among arguments"
+    found = []
+    _map(found.append, value)
+    return found
 
 
 class OnGPU(Tensor):
@@ -133,7 +151,7 @@ OnGPU.__module__ = 'torch'  # by which libraries know a tensor
 
 def _round_to_tf32(t):
     "Ten bits of a float32's fraction are left"
-    if not isinstance(t, Tensor) or t.dtype != torch.float32 or t.ndim < 2:
+    if t.dtype != torch.float32 or t.ndim < 2:
         return t
     return ((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
@@ -161,13 +179,13 @@ class _Generator:
 
 
 class PretendedGPU(TorchDispatchMode):
-    "A context in which there is one GPU, that counts `waits` by kind and line"
+    "A context in which there is one GPU; `waits` and `rounded` (to TF32) are counted by line"
 
     on = None
 
     def __init__(self):
         super().__init__()
-        self.random, self.waits = torch.Generator(), Counter()
+        self.random, self.waits, self.rounded = torch.Generator(), Counter(), Counter()
 
     def __enter__(self):
         random, none = self.random, lambda *args, **kwargs: None
@@ -212,25 +230,30 @@ class PretendedGPU(TorchDispatchMode):
 
     def call(self, op, args, kwargs):
         "One operation, whose results are on the GPU if its tensors are or if it is told so"
-        leaves = tree_leaves((args, kwargs))
-        here = [t for t in leaves if isinstance(t, OnGPU)]
+        tensors = _tensors((args, kwargs))
+        here = [t for t in tensors if isinstance(t, OnGPU)]
         to = kwargs.get('device')
         goes_here = bool(here) if to is None else torch.device(to).type == 'cuda'
         if not here and not goes_here:
             return op(*args, **kwargs)
         name = op._schema.name.removeprefix('aten::')
-        self._refuse(op, name, args, kwargs, goes_here)
+        if kwargs.get('generator') is not None and goes_here:
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        if here and len(here) < len(tensors) and op not in MOVES:
+            self._refuse(op, name, args, tensors)
         if kind := self._wait(op, name, args, goes_here):
             self.waits[kind, _line()] += 1
-        round_ = _round_to_tf32 if _rounds(name) else lambda t: t
-        args, kwargs = tree_map_only(OnGPU, lambda t: round_(t.inner), (args, kwargs))
+        args, kwargs = _map(lambda t: t.inner if isinstance(t, OnGPU) else t, (args, kwargs))
+        if _rounds(name):
+            self.rounded[_line()] += 1
+            args = _map(_round_to_tf32, args)
         if to is not None:
             kwargs['device'] = torch.device('cpu')
         found = self._compute(op, args, kwargs)
-        if not goes_here or not isinstance(found, (Tensor, tuple, list)):
+        if not goes_here:
             return found
         known = {id(t.inner): t for t in here}  # what was changed in place
-        return tree_map_only(Tensor, lambda t: known[id(t)] if id(t) in known else OnGPU(t), found)
+        return _map(lambda t: known[id(t)] if id(t) in known else OnGPU(t), found)
 
     def _compute(self, op, args, kwargs):
         "On the CPU, by the random numbers of this device"
@@ -245,14 +268,9 @@ class PretendedGPU(TorchDispatchMode):
             self.random.set_state(own.get_state())
             own.set_state(before)
 
-    def _refuse(self, op, name, args, kwargs, goes_here):
-        "Raise where a GPU would"
-        if kwargs.get('generator') is not None and goes_here:
-            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if op in MOVES or not any(isinstance(t, OnGPU) for t in tensors):
-            return
-        index = tree_leaves(args[1]) if name in INDEXED and isinstance(args[0], OnGPU) else []
+    def _refuse(self, op, name, args, tensors):
+        "Raise where a GPU does not take a tensor of the CPU's among its own"
+        index = _tensors(args[1]) if name in INDEXED and isinstance(args[0], OnGPU) else []
         scalars = torch.Tag.pointwise in op.tags or name in TAKE_SCALARS or '_foreach' in name
         for t in tensors:
             is_scalar = scalars and t.ndim == 0 and not (t is args[0] and name.endswith('_'))
@@ -269,7 +287,7 @@ class PretendedGPU(TorchDispatchMode):
             return None if isinstance(source, OnGPU) == target else way
         if name not in INDEXED:
             return name if WAITING & set(op.tags) else None
-        index = [t for t in tree_leaves(args[1]) if isinstance(t, Tensor)]
+        index = _tensors(args[1])
         if any(t.dtype in (torch.bool, torch.uint8) for t in index):
             is_fill = name != 'index' and args[2].numel() == 1 and not isinstance(args[2], OnGPU)
             return None if is_fill else 'boolean index'
@@ -289,3 +307,22 @@ def _line():
             return f'{Path(file).name}:{frame.f_lineno}'
         frame = frame.f_back
     return 'a backward pass'
+
+
+def _check():
+    "An error unless this PyTorch does as is pretended"
+    with PretendedGPU() as gpu:
+        layer = torch.nn.Conv2d(1, 2, 3).to('cuda')
+        x = torch.rand(2, 1, 5, 5).to('cuda').requires_grad_()
+        layer(x).sum().backward()
+        assert x.grad.is_cuda and layer.weight.grad.is_cuda and gpu.rounded and gpu.waits
+
+
+if WHY_NOT is None:
+    try:
+        _check()
+    except Exception as e:  # whatever has changed in PyTorch
+        WHY_NOT = f'no pretended GPU on PyTorch {torch.__version__}: {type(e).__name__}: {e}'
+if __name__ == '__main__':
+    print(WHY_NOT or '', end='\n' if WHY_NOT else '')
+    sys.exit(bool(WHY_NOT) and not is_hopeless)  # whether another PyTorch might do
