@@ -13,11 +13,13 @@ endif
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s%s\n", $$1, $$2}' Makefile
 
+# `make test PINS='torch==2.4.* numpy==1.26.*'` is for other versions than the newest.
+PINS ?=
 INSTALL := $(if $(shell command -v uv),uv pip install -q -p .venv,$(BIN)/pip install -q)
 .venv/ready: settings.ini setup.py
 	@echo "Installing genrobust and its development tools into .venv (once)"
 	@if command -v uv > /dev/null; then uv venv -q --allow-existing .venv; else python3 -m venv .venv; fi
-	@$(INSTALL) -e '.[dev]'
+	@$(INSTALL) -e '.[dev]' $(PINS)
 	@touch $@
 
 reproduce: .venv/ready ## Measure what the report measured, in about five minutes on two cores
