@@ -247,8 +247,8 @@ def data_root() -> Path:  # `$GENROBUST_DATA`, else a folder in the user's cache
     "Where data sets are looked for, and downloaded to, unless told otherwise."
     if told := os.environ.get('GENROBUST_DATA'):
         return _expand(told)
-    cache = _expand(user_cache_dir('genrobust', appauthor=False))
     before = _expand(Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'genrobust')
+    cache = Path(user_cache_dir('genrobust', appauthor=False))
     return before if before.is_dir() and not cache.is_dir() else cache  # as of earlier versions
 
 # %% ../nbs/00_data.ipynb #00-057
