@@ -14,13 +14,16 @@ else:
             item.add_marker(pytest.mark.skip(reason=WHY_NOT))
 
     @pytest.fixture(autouse=True)
-    def gpu(tmp_path):
-        "There is a GPU in every test here"
+    def gpu():
+        "There is a GPU in every test here, and the user has asked for fast products"
         import torch
 
         torch.manual_seed(0)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision('high')
         with PretendedGPU() as device:
             yield device
+        torch.set_float32_matmul_precision(before)
 
     @pytest.fixture(params=['cpu', 'cuda'])
     def home(request):

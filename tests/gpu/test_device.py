@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from genrobust.numerics import no_tf32
+
 
 def on_gpu(*shape):
     return torch.rand(*shape, device='cuda')
@@ -77,13 +79,13 @@ def test_tf32_is_a_matter_of_switches(gpu):
     exact = layer(x.cpu())
     rounded = layer.to('cuda')(x).cpu()
     assert gpu.rounded and 1e-6 < (exact - rounded).abs().max() < 1e-2
-    before = torch.get_float32_matmul_precision()
     a, b = on_gpu(9, 9), on_gpu(9, 9)
-    whole = a @ b
-    torch.set_float32_matmul_precision('high')
-    assert not torch.equal(whole, a @ b)
-    torch.set_float32_matmul_precision(before)
-    assert torch.equal(whole, a @ b)
+    fast = a @ b
+    with no_tf32():
+        gpu.rounded.clear()
+        assert torch.equal((a @ b).cpu(), a.cpu() @ b.cpu()) and torch.equal(layer(x).cpu(), exact)
+        assert not gpu.rounded
+    assert torch.equal(fast, a @ b) and not torch.equal(fast.cpu(), a.cpu() @ b.cpu())
 
 
 def test_random_numbers_are_its_own():
