@@ -43,7 +43,7 @@ class _Labels(BestNorm):
 
     def query(self, x, i):
         "Whether each is adversarial; where the budget is spent nothing is asked, and none is"
-        if self.is_ample:
+        if self.is_ample and len(i):
             return self.keep(x, self.state.is_adversarial(self.state.logits(x, i), i), i)
         able, success = (self.left(i) > 0).nonzero().squeeze(1), torch.zeros_like(i) > 0
         if len(able):
