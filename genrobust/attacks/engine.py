@@ -27,6 +27,7 @@ from genrobust.attacks.autodiff import (
     gradients_of,
     jacobian,
 )
+from .random_numbers import Keys
 from genrobust.attacks.result import (
     AttackResult,
     Trace,
@@ -137,7 +138,7 @@ class AttackState:
         self.levels = Levels(*self.bounds)  # of 8 bits
         if self.mask is not None:  # what may not change is what it is
             self.bounds = tuple(torch.where(self.mask, bound, self.x) for bound in self.bounds)
-        self.seed, self.kappa, self._generators = seed, 0.0, None
+        self.seed, self.kappa, self.uses = seed, 0.0, torch.zeros_like(self.numbers)
         shape, device = (2, len(self.x)), self.x.device
         self.forwards, self.backwards = torch.zeros(shape, dtype=torch.long, device=device)
         self.partial = torch.zeros(shape, dtype=torch.long, device=device)  # single classes
@@ -304,14 +305,18 @@ class AttackState:
         self.undefined[i] |= bad if bad.ndim == self.x.ndim else bad.any(1)
         return gradients.masked_fill(bad, 0)
 
-    def random(self, draw: Callable, i: Tensor) -> Tensor:
-        "`draw(shape, generator)` for each image, from random numbers of its own, stacked."
-        if self._generators is None:
-            seeds = [derive_seed(self.seed, n) for n in self.numbers.tolist()]
-            self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        generators = [self._generators[n] for n in i.tolist()]
-        shape = self.x.shape[1:]
-        return torch.stack([draw(shape, generator=g) for g in generators]).to(self.x)
+    def random(self, draw: Callable, i: Tensor, *shape: int) -> Tensor:
+        "`draw(keys, *shape)` of each image, by default shaped like it: `uniform`, `normal`, `signs`."
+        return draw(self.keys(i), *(shape or self.x.shape[1:])).to(self.x)
+
+    def keys(self, i: Tensor, n: int | None = None) -> Keys:
+        "The next random numbers of each image `[b]`, or the next `n` times that it draws `[b,n]`."
+        use = self.uses[i]
+        self.uses[i] += 1 if n is None else n
+        if n is None:
+            return Keys(self.seed, self.numbers[i], use)
+        use = use[:, None] + torch.arange(n, device=use.device)
+        return Keys(self.seed, self.numbers[i, None], use)
 
     def record(
         self,

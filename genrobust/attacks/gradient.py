@@ -23,6 +23,7 @@ from genrobust.attacks.engine import (
     check_range,
 )
 from .pairs import PairMargin
+from .random_numbers import normal, uniform
 from .result import log_odds, margin, norm, per_image, require, within_reach
 
 # %% ../../nbs/04_fgsm.ipynb #04-008
@@ -126,15 +127,12 @@ class Ball:
 
     def random_start(self, state: AttackState, i: Tensor) -> Tensor:
         "A point drawn uniformly from the ball around each of images `i`, clipped to the bounds."
-
-        def radius(shape, generator):
-            return torch.rand((), generator=generator) ** (1 / shape.numel())
-
         if self.p == torch.inf:
-            delta = state.random(torch.rand, i) * 2 - 1
+            delta = state.random(uniform, i) * 2 - 1
         else:
-            delta = self.steepest(state.free(state.random(torch.randn, i), i))
-            delta = delta * per_image(state.random(radius, i), delta)
+            delta = self.steepest(state.free(state.random(normal, i), i))
+            radius = state.random(uniform, i, 1) ** (1 / delta[0].numel())
+            delta = delta * per_image(radius, delta)
         return self.clip(state, state.x[i] + state.own(self.eps, i) * delta, i)
 
 # %% ../../nbs/04_fgsm.ipynb #04-014z
