@@ -8,7 +8,14 @@ import torch
 from small import classifier, ready, some
 
 from genrobust import bench, cli
-from genrobust.bench import compare_paths, machine, measure_limits, run_benchmark, time_calls
+from genrobust.bench import (
+    compare_paths,
+    machine,
+    measure_limits,
+    product_rates,
+    run_benchmark,
+    time_calls,
+)
 from genrobust.data import load
 from genrobust.models import FACTORISATIONS, load_pretrained, save_model
 from genrobust.numerics import batch_for, seeded
@@ -98,22 +105,25 @@ def test_batches_grow_with_memory(gpu):
     assert 1 <= batch_for(torch.rand(1, 3, 512, 512).to('cuda'), 256) < 256
 
 
-def test_the_study(tmp_path):
+def test_the_study(tmp_path, gpu):
     how = Preset(500, 60, 20, 2, carlini_wagner=1, zoo=1, apgd=1, seeds=1, draws=2)
     attacks = ['Noise', 'FGS', 'PGD', 'DeepFool', 'APGD, L2 1']
     run(how, tmp_path, ['cnn'], attacks, say=lambda text: None)
     assert 'a pretended GPU' in (tmp_path / 'seconds.csv').read_text()
+    assert not gpu.rounded, gpu.rounded
 
 
-def test_benchmarks():
+def test_benchmarks(gpu):
     assert 'a pretended GPU' in machine().values()
     time_calls(torch.add, lambda: (torch.ones(2, device='cuda'),) * 2, 2, 'cuda')
-    with patch.object(bench, 'product_rates', lambda device: dict(matmul=1.0, convolution=1.0)):
-        assert (measure_limits(('gfz',), n=2, batches=1).seconds > 0).all()
     found = compare_paths(load_pretrained('gfz').fixed(0), some(2, 'cpu').x, 1)
     assert found['clear'] == 0
     frame = run_benchmark('fgsm-cnn', load('synthetic').valid, rounds=1, n=2)
     assert 'error' not in frame or frame.error.isna().all()
+    product_rates('cuda', size=64)
+    assert not gpu.rounded, gpu.rounded
+    with patch.object(bench, 'product_rates', lambda device: dict(matmul=1.0, convolution=1.0)):
+        assert (measure_limits(('gfz',), n=2, batches=1).seconds > 0).all()
 
 
 def command(*words):

@@ -1,9 +1,11 @@
 "How often a step waits for the GPU: an `.item()` in a loop makes a test fail."
 
+import re
+
 import pytest
 import torch
 from pretended_gpu import PretendedGPU
-from small import MODELS, Stubborn, classifier, ready, some
+from small import MODELS, Plain, Stubborn, classifier, ready, some
 
 from genrobust import attacks
 from genrobust.data import Images
@@ -23,21 +25,19 @@ STEPS = dict(
     deepfool=(lambda n: dict(steps=n), 1),
     superdeepfool=(lambda n: dict(steps=n), 1),
     carlini_wagner=(lambda n: dict(steps=n, **LONG), 1),
+    zoo=(lambda n: dict(max_queries=9 * (n + 1) + 1, coordinates=4, **LONG), 1),
+    spsa=(lambda n: dict(steps=n, samples=2), 1),
+    square=(lambda n: dict(max_queries=n), 1),
+    square_in_l2=(lambda n: dict(max_queries=n, p=2), 1),
 )
-
-
-def waits(work):
-    with PretendedGPU() as gpu:
-        work()
-    return gpu
 
 
 @pytest.mark.parametrize('kind', ['cnn', 'gfz'])
 @pytest.mark.parametrize('name', STEPS)
 def test_waits_of_a_step(name, kind):
     parameters, allowed = STEPS[name]
-    attack, counted = getattr(attacks, name.split('_that')[0]), []
-    for n in (10, 14):
+    attack, counted = getattr(attacks, re.sub('_that_stops|_in_l2', '', name)), []
+    for n in (5, 9):
         model = MODELS[kind]().eval().requires_grad_(False)
         with PretendedGPU() as gpu:
             model = Stubborn(model.to('cuda').fixed(0))
@@ -48,6 +48,20 @@ def test_waits_of_a_step(name, kind):
         counted.append(gpu.waits)
     more = counted[1] - counted[0]
     assert sum(more.values()) <= 4 * allowed, more
+
+
+def test_waits_of_hop_skip_jump():
+    "A round, of a normal, a jump and a bisection, waits three times, and once in each try to jump"
+    counted = []
+    for n in (100, 200):
+        with PretendedGPU() as gpu:
+            model, x = ready(Plain()), some(3, 'cuda').x
+            gpu.waits.clear()
+            found = attacks.hop_skip_jump(model, x, max_queries=n, samples=8, init_queries=5)
+        counted.append(gpu.waits)
+    assert found.success.all()
+    more = counted[1] - counted[0]
+    assert sum(more.values()) <= 30, more
 
 
 @pytest.mark.parametrize('amp', [False, True])
