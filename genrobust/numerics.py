@@ -109,7 +109,7 @@ def in_parts(
     n = getattr(model, 'images_at_once', None) or len(x)
     return x.split(min(n, batch_size or len(x)) or 1)
 
-
+# %% ../nbs/29_numerics.ipynb #29-044
 def device_of(
     model: Callable,  # A module, or any function
     x: Tensor,  # Images
