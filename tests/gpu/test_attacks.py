@@ -47,7 +47,7 @@ SHORT = dict(
     fmn=WALKS,
     alma=[dict(steps=5)],
     fab=[dict(steps=3, restarts=2), dict(steps=3, n_targets=2, p=torch.inf)],
-    superdeepfool=[dict(steps=4)],
+    superdeepfool=[dict(steps=4, deepfool_steps=4)],
 )
 
 

@@ -60,7 +60,8 @@ HOW = dict(
 
 @pytest.mark.parametrize('how', HOW)
 @pytest.mark.parametrize('name', ['GFZ', 'CNN'])
-def test_training_goes_on_where_it_stopped(name, how, home, tmp_path):
+def test_training_goes_on_where_it_stopped(name, how, tmp_path):
+    home = 'cuda' if 'amp' in how else 'cpu'
     parts, own = (some(80, home), some(40, home, 100)), dict(HOW[how], batch_size=40)
     if name == 'GFZ' and 'adversary' in own:
         pytest.skip('a Bayes classifier is not trained so here')
@@ -130,24 +131,12 @@ def command(*words):
     assert cli.main([str(word) for word in words]) in (0, None)
 
 
-@pytest.mark.parametrize('device', [(), ('--device', 'cuda:0')])
-def test_the_command_line(device, tmp_path, capsys):
-    own, quiet = ('--data', 'synthetic', '--no-progress'), device
-    model, result = tmp_path / 'm.safetensors', tmp_path / 'r.safetensors'
-    command('train', 'cnn', *own, '--images', 100, '--epochs', 1, '--out', model, *quiet)
-    command('attack', 'fgsm', '--model', model, *own, '--images', 9, '--out', result, *quiet)
-    own_attack = ('--steps', 2, '--draws', 2)
-    command(
-        'attack',
-        'deepfool',
-        '--model',
-        'gfz',
-        *own,
-        '--images',
-        2,
-        '--out',
-        result,
-        *own_attack,
-        *quiet,
-    )
+def test_the_command_line(tmp_path, capsys):
+    own, model, result = ('--data', 'synthetic', '--no-progress'), tmp_path / 'm', tmp_path / 'r'
+    model, result = model.with_suffix('.safetensors'), result.with_suffix('.safetensors')
+    first, second = ('--images', 9, '--out', result), ('--images', 2, '--out', result, '--steps', 2)
+    command('train', 'cnn', *own, '--images', 100, '--epochs', 1, '--out', model)
+    command('attack', 'fgsm', '--model', model, *own, *first, '--device', 'cuda:0')
+    command('attack', 'deepfool', '--model', 'gfz', *own, *second, '--draws', 2)
+    command('attack', 'pgd', '--model', model, *own, *second, '--device', 'cpu')
     assert 'Traceback' not in capsys.readouterr().err
