@@ -52,7 +52,7 @@ test: .venv/ready lint sync notebooks-test wheel test-gpu ## All tests: style, n
 GPU_TORCH := torch==2.14.1
 test-gpu: .venv/ready ## All parts on a pretended GPU, in a few minutes: it needs Linux and g++, but neither card nor driver
 	@python tests/gpu/pretended_gpu.py || $(MAKE) --no-print-directory .venv-gpu/ready
-	@export PATH=$$(ls -d .venv-gpu/bin 2> /dev/null || echo .venv/bin):$$PATH PYTHONPATH=tests/gpu OMP_NUM_THREADS=1 MPLBACKEND=agg; \
+	@export PATH=$$(ls -d $(CURDIR)/.venv-gpu/bin 2> /dev/null || echo $(BIN)):$$PATH PYTHONPATH=$(CURDIR)/tests/gpu OMP_NUM_THREADS=1 MPLBACKEND=agg; \
 	echo pytest -p pretended_gpu tests/gpu; pytest -q -n 2 -rs -p pretended_gpu tests/gpu
 
 .venv-gpu/ready:
