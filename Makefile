@@ -9,15 +9,17 @@ ifneq ($(GENROBUST_DATA),)
 export GENROBUST_DATA := $(abspath $(GENROBUST_DATA))
 endif
 
-.PHONY: help reproduce study bench referee test lint format sync notebooks-test wheel slow notebooks readme docs
+.PHONY: help reproduce study bench referee test test-gpu lint format sync notebooks-test wheel slow notebooks readme docs
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s%s\n", $$1, $$2}' Makefile
 
+# `make test PINS='torch==2.4.* numpy==1.26.*'` is for other versions than the newest.
+PINS ?=
 INSTALL := $(if $(shell command -v uv),uv pip install -q -p .venv,$(BIN)/pip install -q)
 .venv/ready: settings.ini setup.py
 	@echo "Installing genrobust and its development tools into .venv (once)"
 	@if command -v uv > /dev/null; then uv venv -q --allow-existing .venv; else python3 -m venv .venv; fi
-	@$(INSTALL) -e '.[dev]'
+	@$(INSTALL) -e '.[dev]' $(PINS)
 	@touch $@
 
 reproduce: .venv/ready ## Measure what the report measured, in about five minutes on two cores
@@ -42,8 +44,22 @@ referee: .venv/ready ## Compare the attacks with those of other libraries by the
 	-$(INSTALL) 'setuptools<81' wheel && $(INSTALL) --no-build-isolation adv-lib
 	genrobust bench --optimality
 
-test: .venv/ready lint sync notebooks-test wheel ## All tests: style, notebooks and modules in step, fast cells, the wheel, pytest
+test: .venv/ready lint sync notebooks-test wheel test-gpu ## All tests: style, notebooks and modules in step, fast cells, the wheel, a pretended GPU, pytest
 	OMP_NUM_THREADS=1 pytest -q -n 2 tests
+
+# A pretended GPU hangs on the insides of PyTorch: where it does not work with the one in .venv, it gets the last that it was
+# seen to work with, in an environment of its own. `pretended_gpu.py` says whether it works; tests are skipped where it cannot.
+GPU_TORCH := torch==2.14.1
+test-gpu: .venv/ready ## All parts on a pretended GPU, in a few minutes: it needs Linux and g++, but neither card nor driver
+	@python tests/gpu/pretended_gpu.py || $(MAKE) --no-print-directory .venv-gpu/ready
+	@export PATH=$$(ls -d $(CURDIR)/.venv-gpu/bin 2> /dev/null || echo $(BIN)):$$PATH PYTHONPATH=$(CURDIR)/tests/gpu OMP_NUM_THREADS=1 MPLBACKEND=agg; \
+	echo pytest -p pretended_gpu tests/gpu; pytest -q -n 2 -rs -p pretended_gpu tests/gpu
+
+.venv-gpu/ready:
+	@echo "Installing $(GPU_TORCH) for the pretended GPU into .venv-gpu (once)"
+	@if command -v uv > /dev/null; then uv venv -q --allow-existing .venv-gpu; else python3 -m venv .venv-gpu; fi
+	@$(subst .venv,.venv-gpu,$(INSTALL)) -e '.[dev]' $(GPU_TORCH) || (rm -rf .venv-gpu; echo 'No pretended GPU: $(GPU_TORCH) cannot be installed')
+	@if [ -d .venv-gpu ]; then touch $@; fi
 
 lint: .venv/ready ## Check format and style of notebooks and tests with ruff
 	ruff format --check nbs tests

@@ -44,6 +44,7 @@ from genrobust.models import (
     pick_device,
     predict,
 )
+from .numerics import device_of, no_tf32
 from .training import make_optimiser, train_epoch
 
 # %% ../nbs/26_speed.ipynb #26-005z
@@ -68,9 +69,10 @@ def count_flops(
     return counter.get_total_flops()
 
 
+@torch.no_grad()
+@no_tf32()
 def _forward(model, x):
-    with torch.no_grad():
-        return model(x)
+    return model(x)
 
 
 def _all_gradients(model, x):
@@ -271,9 +273,12 @@ def _correct(model, images, n):
 def _run_ours(attack, model, x, y):
     "Adversarial examples, and passes an image, as the attack counts them"
     result = attack(model, x, y)
-    return result.x_adv, *(n.double().mean().item() for n in (result.forwards, result.backwards))
+    return result.x_adv, *(
+        n.cpu().double().mean().item() for n in (result.forwards, result.backwards)
+    )
 
 # %% ../nbs/26_speed.ipynb #26-044e
+@no_tf32()
 def _run_other(attack, model, x, y):
     "The same for another library, whose passes are counted here"
     counter = PassCounter(model).eval()
@@ -426,6 +431,7 @@ def time_calls(
     return seconds[1:]
 
 # %% ../nbs/26_speed.ipynb #26-011b
+@no_tf32()
 def product_rates(
     device: str | torch.device = 'cpu',  # To measure
     size: int | None = None,  # Of the matrices; default: 2048, and 8192 on a GPU
@@ -507,6 +513,7 @@ def plain(
     return model.to(memory_format=torch.contiguous_format)
 
 # %% ../nbs/26_speed.ipynb #26-024
+@no_tf32()
 def _gradients(model, x):
     "The Jacobian `[N,C,...]`, each row by a backward pass of its own"
     x = x.clone().requires_grad_()
@@ -525,7 +532,7 @@ def compare_paths(
     `flipped`: images classified otherwise. `clear`: those among them whose two top logits are more
     than 0.001 nats apart.
     """
-    slow = plain(model)
+    slow, x = plain(model), x.to(device_of(model, x))
     fast_logits, logits = predict(model, x), predict(slow, x)
     alone = torch.cat([_gradients(slow, image) for image in x[:n].split(1)])
     rows = torch.stack([_gradients(slow, x[:n]), alone]).flatten(3)

@@ -24,6 +24,7 @@ from urllib.request import urlopen
 import numpy as np
 import torch
 import torch.nn.functional as F
+from platformdirs import user_cache_dir
 from torch import Tensor
 
 from .files import writable, write_whole
@@ -244,8 +245,11 @@ def _expand(folder):
 
 def data_root() -> Path:  # `$GENROBUST_DATA`, else a folder in the user's cache
     "Where data sets are looked for, and downloaded to, unless told otherwise."
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache')
-    return _expand(os.environ.get('GENROBUST_DATA') or cache / 'genrobust')
+    if told := os.environ.get('GENROBUST_DATA'):
+        return _expand(told)
+    before = _expand(Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache') / 'genrobust')
+    cache = Path(user_cache_dir('genrobust', appauthor=False))
+    return before if before.is_dir() and not cache.is_dir() else cache  # as of earlier versions
 
 # %% ../nbs/00_data.ipynb #00-057
 def _own_folder(dataset, root):

@@ -168,7 +168,9 @@ class Detector:
     def _usual(self, label):
         "Mean and standard deviation of `value` for the class of each image"
         self._need('statistics', 'fit')
-        return (self.statistics[k].to(label.device)[self._group(label)] for k in ('mean', 'std'))
+        if self.statistics['mean'].device != label.device:  # they stay where they were wanted
+            self.statistics = {k: v.to(label.device) for k, v in self.statistics.items()}
+        return (self.statistics[k][self._group(label)] for k in ('mean', 'std'))
 
     def judge(
         self,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from platformdirs import user_cache_dir
 from torchvision import datasets as torchvision
 
 from genrobust import data
@@ -156,9 +157,24 @@ def test_home_and_its_absence(tmp_path, monkeypatch):
         load(root='~/elsewhere', download=False)
     monkeypatch.delenv('GENROBUST_DATA')
     monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
-    assert data_root() == tmp_path / '.cache/genrobust'
-    monkeypatch.setenv('XDG_CACHE_HOME', '/cache')
-    assert data_root() == Path('/cache/genrobust')
+    assert data_root() == Path(user_cache_dir('genrobust', appauthor=False))
+    if sys.platform == 'linux':
+        assert data_root() == tmp_path / '.cache/genrobust'
+        monkeypatch.setenv('XDG_CACHE_HOME', '/cache')
+        assert data_root() == Path('/cache/genrobust')
+
+
+def test_the_folder_of_earlier_versions_is_found(tmp_path, monkeypatch):
+    "On macOS and Windows, until there is one where these keep such files"
+    new = tmp_path / 'Library/Caches/genrobust'
+    monkeypatch.setattr('genrobust.data.user_cache_dir', lambda *args, **kwargs: str(new))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.delenv('GENROBUST_DATA', raising=False)
+    assert data_root() == new
+    (tmp_path / 'genrobust').mkdir()
+    assert data_root() == tmp_path / 'genrobust'
+    new.mkdir(parents=True)
+    assert data_root() == new
 
 
 def test_a_user_without_home(monkeypatch):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as checkpoints
 
 from .result import require
-from ..numerics import in_parts, no_tf32
+from ..numerics import device_of, in_parts, no_tf32
 
 # %% ../../nbs/21_autodiff.ipynb #21-009e
 _NO_GRADIENT = (
@@ -184,12 +184,13 @@ def jacobian(
     n_classes: int | None = None,  # C; default: the model is asked
 ) -> tuple[Tensor, Tensor]:  # Logits `[B,C]`, and their gradients `[B,C,...]`
     """All logits and all their gradients: one backward pass where the model offers
-    `per_class_logits`, else one for each class."""
-    x = x.as_subclass(Tensor)
+    `per_class_logits`, else one for each class; on the device of the images."""
+    home, x = x.device, x.as_subclass(Tensor).to(device_of(model, x))
     with differentiable():
         if not hasattr(model, 'per_class_logits'):
             i = torch.arange(len(x), device=x.device)
             logits, _, rows, _ = gradients_of(lambda logits, i: logits, model, x, i)
-            return logits, rows
+            return logits.to(home), rows.to(home)
         n_classes = n_classes or getattr(model, 'n_classes', None) or ask(model, x[:1]).shape[1]
-        return over_parts(partial(_jacobian_of_part, model, n_classes), model, x)
+        found = over_parts(partial(_jacobian_of_part, model, n_classes), model, x)
+    return found[0].to(home), found[1].to(home)

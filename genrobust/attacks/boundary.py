@@ -92,12 +92,10 @@ def deepfool_step(
     is_final = norm(step, p) <= norm(delta, p) / 10
     possible = (x + step).clamp(low, high) - x
     closed = (grad_f * possible[:, None]).flatten(2).sum(2) / gap
-    redo = (is_final | (closed.amax(1) < 1 / 4)).nonzero().squeeze(1)
-    at, g = x[redo, None], grad_f[redo]
-    if isinstance(low, Tensor):
-        low, high = low[redo, None], high[redo, None]
-    is_blocked = (at <= low) & (g < 0) | (at >= high) & (g > 0)
-    step[redo] = linear_step(gap[redo], g.masked_fill(is_blocked, 0), p)
+    redo = per_image(is_final | (closed.amax(1) < 1 / 4), x)
+    is_low, is_high = redo & (x <= low), redo & (x >= high)
+    is_blocked = is_low[:, None] & (grad_f < 0) | is_high[:, None] & (grad_f > 0)
+    step = torch.where(redo, linear_step(gap, grad_f.masked_fill(is_blocked, 0), p), step)
     return (per_image(torch.where(is_final, 1.0, fraction), x) * step).to(x.dtype)
 
 # %% ../../nbs/05_deepfool.ipynb #05-012a
@@ -146,7 +144,7 @@ class _DeepFool:
     def advance(self, state, x, delta, i):
         "One step of images `i` from `x`: where they are now, without those beyond the boundary"
         logits, f, grad_f = state.logit_differences(x, i, self.rivals)
-        active = ~state.is_beyond(logits, i)
+        active = (~state.is_beyond(logits, i)).nonzero().squeeze(1)
         x, i = x[active], i[active]
         if not len(i):
             return x, i

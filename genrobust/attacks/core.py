@@ -27,6 +27,7 @@ from genrobust.attacks.engine import (
     run,
 )
 from .inputs import as_bounds, as_eps, as_labels, as_mask
+from .random_numbers import uniform
 from .result import AttackResult, Trace, margin, norm, require, within_reach
 from ..numerics import derive_seed, in_parts, no_tf32, seeded
 
@@ -44,7 +45,7 @@ def random_noise(
 
     def solve(state):
         radius = state.own(eps, state.all)
-        noise = radius * (2 * state.random(torch.rand, state.all) - 1)
+        noise = radius * (2 * state.random(uniform, state.all) - 1)
         return within_reach(state.clip(state.x + noise), state.x, radius)
 
     return solve
@@ -188,7 +189,7 @@ def one_vs_all(
         one = attack(model, x[i], best.y[i], target=target[i], seed=seed, **own)
         settings = settings or one.settings  # those for all images
         size = norm(one.perturbation, settings.get('p', 2))
-        better = one.success & (size < smallest[i])
+        better = (one.success & (size < smallest[i])).nonzero().squeeze(1)
         smallest[i[better]] = size[better]
         _add(best, one, i, better)
         if kwargs.get('early_stop') and one.trace is None:

@@ -21,6 +21,7 @@ from genrobust.attacks.engine import (
     within_bounds,
 )
 from .gradient import unit
+from .random_numbers import normal, uniform
 from .result import norm, per_image, require
 from .score_based import random_directions
 from .zeroth_order import query_points
@@ -31,16 +32,21 @@ class _Labels(BestNorm):
 
     def __init__(self, state, p, max_queries):
         super().__init__(state, p)
-        self.max_queries = max_queries
+        self.max_queries, self.is_ample = max_queries, False
 
     def left(self, i):
         return self.max_queries - self.state.forwards[i]
 
+    def expect(self, n, i):
+        "Note whether the budget of every image lasts for the next `n` queries"
+        self.is_ample = (self.left(i) >= n).all().item()
+
     def query(self, x, i):
         "Whether each is adversarial; where the budget is spent nothing is asked, and none is"
-        able = self.left(i) > 0
-        success = torch.zeros_like(able)
-        if able.any():
+        if self.is_ample and len(i):
+            return self.keep(x, self.state.is_adversarial(self.state.logits(x, i), i), i)
+        able, success = (self.left(i) > 0).nonzero().squeeze(1), torch.zeros_like(i) > 0
+        if len(able):
             logits = self.state.logits(x[able], i[able])
             success[able] = self.state.is_adversarial(logits, i[able])
         return self.keep(x, success, i)
@@ -55,10 +61,14 @@ def _shorten(state, x, i, share, p):
     return state.clip(state.x[i] + per_image(share, x) * delta, i)
 
 
+def _halvings(tolerance):
+    return math.ceil(-math.log2(tolerance))
+
+
 def _to_boundary(labels, x, i, tolerance):
     "Bisect between each image and `x`, an adversarial example; the nearer end that still is one"
     low, high = x.new_zeros(len(i)), x.new_ones(len(i))
-    for _ in range(math.ceil(-math.log2(tolerance))):
+    for _ in range(_halvings(tolerance)):
         middle = (low + high) / 2
         success = labels.query(_shorten(labels.state, x, i, middle, labels.p), i)
         low, high = torch.where(success, low, middle), torch.where(success, middle, high)
@@ -68,37 +78,36 @@ def _to_boundary(labels, x, i, tolerance):
 def _normal(labels, x, i, n, delta):
     "A sum of `n` steps of length `delta` within bounds, each times phi less its mean (eq. 16)"
     state, total = labels.state, x.new_zeros(len(i))
-    weighted, plain = torch.zeros_like(x), torch.zeros_like(x)
-    for u in random_directions(state, torch.randn, n, i):
-        u = unit(u.flatten(0, 1), 2).view_as(u)
-        points = state.clip(x[:, None] + per_image(delta, u) * u, i)
-        phi = 2 * query_points(state, state.is_adversarial, points, i).to(x) - 1
-        steps = points - x[:, None]
-        weighted += torch.einsum('bn,bn...->b...', phi, steps)
-        plain, total = plain + steps.sum(1), total + phi.sum(1)
+    sums = x.new_zeros(len(i), 2, x[0].numel())  # of steps times phi, and of steps
+    for rows, u in random_directions(state, normal, n, i):
+        centre, size = x[rows, None], u.flatten(2).norm(dim=2)
+        length = delta[rows, None] / size.clamp_min(torch.finfo(x.dtype).tiny)
+        points = state.clip(centre + u * length.view(*size.shape, *[1] * (x.ndim - 1)), i[rows])
+        phi = 2 * query_points(state, state.is_adversarial, points, i[rows]).to(x) - 1
+        steps = (points - centre).flatten(2)
+        sums[rows] += torch.stack([phi, torch.ones_like(phi)], 1) @ steps
+        total[rows] += phi.sum(1)
+    weighted, plain = sums.unflatten(2, x.shape[1:]).unbind(1)
     return weighted - per_image(torch.where(total.abs() < n, total / n, 0), x) * plain
+
+
+_JUMPS = 24  # at most
 
 
 def _jump(labels, x, i, direction, length):
     "By `length`, or half of it, or a quarter, until adversarial; `x` where nothing is"
     landed, active = x.clone(), torch.arange(len(i), device=i.device)
-    for k in range(24):
+    for k in range(_JUMPS):
         if not len(active):
             break
         move = per_image(length[active] / 2**k, x) * direction[active]
         there = labels.state.clip(x[active] + move, i[active])
         success = labels.query(there, i[active])
-        landed[active[success]] = there[success]
-        active = active[~success]
+        landed[active] = torch.where(per_image(success, x), there, x[active])
+        active = active[(~success).nonzero().squeeze(1)]
     return landed
 
 # %% ../../nbs/09_decision_based.ipynb #09-055
-def _noise(shape, generator):
-    "Uniform in [0, 1], to a random power"
-    u = torch.rand(shape, generator=generator)
-    return u**2 ** (8 * torch.rand((), generator=generator) - 4)
-
-
 def _find(labels, start, tries):
     "A first adversarial example: the start given, else a mixture with noise"
     state, i = labels.state, labels.state.all
@@ -106,11 +115,12 @@ def _find(labels, start, tries):
         start = start[state.positions.to(start.device)].to(state.x)
         labels.query(state.clip(start, i), i)
     for k in range(tries):
-        i = i[labels.norm[i].isinf()]
+        i = i[labels.norm[i].isinf().nonzero().squeeze(1)]
         if not len(i):
             break
         low, high = state.bounds_of(i)
-        noise = low + (high - low) * state.random(_noise, i)
+        power = 2 ** (8 * state.random(uniform, i, 1) - 4)
+        noise = low + (high - low) * state.random(uniform, i) ** per_image(power, state.x)
         labels.query(state.clip(state.x[i] + (k + 1) / tries * (noise - state.x[i]), i), i)
 
 # %% ../../nbs/09_decision_based.ipynb #09-055b
@@ -119,10 +129,11 @@ def _approach(labels, x, i, samples, gamma, tolerance):
     state, p = labels.state, labels.p
     for t in count(1):
         n = int(samples * t**0.5)
-        active = labels.left(i) > n
+        active = (labels.left(i) > n).nonzero().squeeze(1)
         i, x = i[active], x[active]
         if not len(i):
             break
+        labels.expect(n + _JUMPS + _halvings(tolerance), i)
         far = norm(x - state.x[i], p)
         delta = min(gamma / state.x[0].numel(), 0.1) * far
         direction = unit(_normal(labels, x, i, n, delta), p)
@@ -182,6 +193,7 @@ def hop_skip_jump(
         labels = _Labels(state, p, max_queries - 1)
         share = gamma * state.x[0].numel() ** (-1.5 if p == 2 else -2)
         tolerance = min(max(share, torch.finfo(state.x.dtype).eps), 1e-3)
+        labels.expect(1 + init_queries + _halvings(tolerance), state.all)
         _find(labels, start, min(init_queries, max_queries // 2))
         i = labels.norm.isfinite().nonzero().squeeze(1)
         _approach(

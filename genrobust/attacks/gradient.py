@@ -23,6 +23,7 @@ from genrobust.attacks.engine import (
     check_range,
 )
 from .pairs import PairMargin
+from .random_numbers import normal, uniform
 from .result import log_odds, margin, norm, per_image, require, within_reach
 
 # %% ../../nbs/04_fgsm.ipynb #04-008
@@ -126,15 +127,12 @@ class Ball:
 
     def random_start(self, state: AttackState, i: Tensor) -> Tensor:
         "A point drawn uniformly from the ball around each of images `i`, clipped to the bounds."
-
-        def radius(shape, generator):
-            return torch.rand((), generator=generator) ** (1 / shape.numel())
-
         if self.p == torch.inf:
-            delta = state.random(torch.rand, i) * 2 - 1
+            delta = state.random(uniform, i) * 2 - 1
         else:
-            delta = self.steepest(state.free(state.random(torch.randn, i), i))
-            delta = delta * per_image(state.random(radius, i), delta)
+            delta = self.steepest(state.free(state.random(normal, i), i))
+            radius = state.random(uniform, i, 1) ** (1 / delta[0].numel())
+            delta = delta * per_image(radius, delta)
         return self.clip(state, state.x[i] + state.own(self.eps, i) * delta, i)
 
 # %% ../../nbs/04_fgsm.ipynb #04-014z
@@ -236,7 +234,8 @@ class _Ascent:
             best.update(now.x, logits, now.i)
             now.value = objective(logits, now.i)
             if self.early_stop:
-                now = now[~best.success[now.i]]
+                active = (~best.success[now.i]).nonzero().squeeze(1)
+                now = now[active] if len(active) < len(now.i) else now
             if not len(now.i):
                 return
             self.step(state, now, n)
@@ -244,11 +243,12 @@ class _Ascent:
 
     def __call__(self, state):
         best, i = BestMargin(state), state.all
-        for _ in range(self.restarts):
-            self.climb(state, best, i)
-            i = i[~best.success[i]]
+        for n in range(self.restarts):
+            if n:
+                (i,) = best.active(i)
             if not len(i):
                 break
+            self.climb(state, best, i)
         return best.x
 
 # %% ../../nbs/04_fgsm.ipynb #04-020b

@@ -68,7 +68,8 @@ def as_rows(
         return value if isinstance(value, (Real, str, type(None))) else value.item()
     text = f'{name} must be a number, [{len(x)}] for each image, or broadcast to {list(x.shape)}'
     try:
-        value = torch.as_tensor(value, dtype=torch.float64, device=x.device).detach()
+        wide = torch.float32 if x.device.type == 'mps' else torch.float64  # which that has not
+        value = torch.as_tensor(value, dtype=wide, device=x.device).detach()
         rows = value.view(-1, *[1] * (x.ndim - 1)) if value.ndim == 1 else value
         rows = rows[(None,) * (x.ndim - rows.ndim)]
         fits = rows.ndim == x.ndim and torch.broadcast_shapes(rows.shape, x.shape) == x.shape

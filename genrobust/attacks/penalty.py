@@ -67,7 +67,7 @@ def _descend(best, start, steps, gradient, evaluate):
         fell = cost < 0.999 * least[i]
         since[i] = torch.where(fell, 0, since[i] + 1)
         least[i] = torch.where(fell, cost, least[i])
-        active = since[i] <= steps / 3
+        active = (since[i] <= steps / 3).nonzero().squeeze(1)
         i, g, index = i[active], g[active], tuple(part[active] for part in index)
         if not len(i):
             return success
@@ -101,8 +101,7 @@ def minimise(
         high = torch.where(success, c, high)
         c = torch.where(high.isinf(), 10 * c, (low + high) / 2)
         lr = torch.where(success, 0.7 * lr, lr)
-        found = best.norm.isfinite()
-        x[found] = best.x[found]
+        x = torch.where(per_image(best.norm.isfinite(), x), best.x, x)
     return best.x
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-020

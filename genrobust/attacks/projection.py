@@ -20,6 +20,7 @@ from genrobust.attacks.engine import (
     check_range,
 )
 from .pairs import PairMargin
+from .random_numbers import normal
 from .result import norm, other_logits, per_image, rounding_tolerance
 
 # %% ../../nbs/15_projections.ipynb #15-020
@@ -52,7 +53,7 @@ def _cross(state, p, steps, overshoot, rivals):
     found, x, i = state.x.clone(), state.x, state.all
     for _ in range(steps):
         evaluated = state.logit_differences(x, i, rivals)
-        active = ~state.is_beyond(evaluated[0], i)
+        active = (~state.is_beyond(evaluated[0], i)).nonzero().squeeze(1)
         x, i, evaluated = x[active], i[active], [v[active] for v in evaluated]
         if not len(i):
             break
@@ -237,7 +238,7 @@ class _FAB:
 
     def restart(self, best, x):
         "Random points at half of the best distance, or of that of `x` where none is known"
-        state, noise = best.state, best.state.random(torch.randn, best.state.all)
+        state, noise = best.state, best.state.random(normal, best.state.all)
         size = best.norm.where(best.norm.isfinite(), norm(x - state.x, self.p)) / 2
         start = state.x + per_image(size / norm(noise, self.p), noise) * noise
         return start.clamp(*state.bounds_of(state.all))

@@ -120,7 +120,7 @@ class Trace(NamedTuple):
 
         image, evaluation = self.norm.isfinite().nonzero(as_tuple=True)
         columns = dict(image=image.cpu().numpy(), evaluation=evaluation.cpu().numpy())
-        columns |= {k: v[image, evaluation].double().cpu() for k, v in self._asdict().items()}
+        columns |= {k: v[image, evaluation].cpu().double() for k, v in self._asdict().items()}
         return pd.DataFrame(columns)
 
 # %% ../../nbs/20_result.ipynb #20-017r

@@ -22,36 +22,34 @@ from genrobust.attacks.engine import (
 )
 from .gradient import Ball, unit
 from .penalty import Adam
+from .random_numbers import Keys, signs, uniform
 from .result import within_reach
 from .zeroth_order import check_difference, query_points
 
 # %% ../../nbs/08_score_based.ipynb #08-014
 def random_directions(
     state: AttackState,  # `B` images
-    draw: Callable,  # `(shape, generator)`, to a tensor of that shape
+    draw: Callable,  # `(keys, *shape)`: `signs` or `normal`
     n: int,  # Directions for each image
     i: Tensor,  # Which images
-) -> Iterator[Tensor]:  # `[len(i),<=32,...]`
-    "Directions of each image's own, at most 32 at a time."
-    for part in torch.arange(n).split(32):
-
-        def draw_part(shape, generator, size=len(part)):
-            return draw((size, *shape), generator=generator)
-
-        yield state.free(state.random(draw_part, i), i)
-
-
-def _rademacher(shape, generator):
-    return torch.randint(2, shape, generator=generator) * 2 - 1
+) -> Iterator[tuple[slice, Tensor]]:  # At most 32 of `i`, and directions `[b,<=32,...]`
+    "Directions of each image's own, so few at a time that they stay in the cache of a CPU."
+    keys = state.keys(i, n)
+    for first in range(0, len(i), 32):
+        rows = slice(first, first + 32)
+        for use in keys.use[rows].split(32, 1):
+            v = draw(Keys(keys.seed, keys.position[rows], use), *state.x.shape[1:])
+            yield rows, state.free(v.to(state.x), i[rows])
 
 
 def _slope(state, x, i, samples, h):
     "The gradient of the margin: a mean of directions, each times the slope along it"
     g = torch.zeros_like(x)
-    for v in random_directions(state, _rademacher, samples, i):
-        points = state.clip(torch.cat([x[:, None] + h * v, x[:, None] - h * v], 1), i)
-        above, below = query_points(state, state.margin, points, i).chunk(2, 1)
-        g += torch.einsum('bn,bn...->b...', (above - below) / (2 * h * samples), v)
+    for rows, v in random_directions(state, signs, samples, i):
+        step, centre = h * v, x[rows, None]
+        points = state.clip(torch.cat([centre + step, centre - step], 1), i[rows])
+        above, below = query_points(state, state.margin, points, i[rows]).chunk(2, 1)
+        g[rows] += torch.einsum('bn,bn...->b...', (above - below) / (2 * h * samples), v)
     return g
 
 # %% ../../nbs/08_score_based.ipynb #08-017
@@ -106,14 +104,10 @@ def _sides(share, height, width):
     return tuple(min(max(round(max(side, share * n)), 1), n) for n in (height, width))
 
 
-def _signs(state, i, *shape):
-    return state.random(lambda _, generator: _rademacher(shape, generator), i)
-
-
-def _window(state, i, sides, size):
-    "Flat indices `[len(i),channels,h*w]` of a window of these sides, anywhere within the image"
+def _window(state, i, corner, sides, size):
+    """Flat indices `[len(i),channels,h*w]` of a window of these sides, anywhere within the image:
+    where `corner` says, uniform in [0, 1) `[len(i),2]`"""
     (h, w), (channels, height, width) = sides, size
-    corner = state.random(lambda _, generator: torch.rand(2, generator=generator), i)
     top = (corner[:, 0] * (height - h + 1)).long()
     left = (corner[:, 1] * (width - w + 1)).long()
     if state.mask is not None:  # around one of the pixels that may change
@@ -128,30 +122,35 @@ def _window(state, i, sides, size):
     return flat[:, None].expand(-1, channels, -1)
 
 # %% ../../nbs/08_score_based.ipynb #08-037
-def _stripes(state, ball):
-    "Each column of each channel `eps` above or below"
-    channels, height, width = _size(state.x)
-    signs = _signs(state, state.all, channels, 1, width).expand(-1, -1, height, -1)
-    delta = state.own(ball.eps, state.all) * signs.reshape(state.x.shape)
-    return ball.clip(state, state.x + delta, state.all)
+class _Squares:
+    "Points of the l-infinity ball: stripes, then squares at a corner of the ball in each channel"
 
+    def __init__(self, state, ball):
+        self.state, self.size = state, _size(state.x)
+        self.n_uniform = 2 + self.size[0]
+        eps = state.own(ball.eps, state.all)
+        self.above, self.below = (
+            within_reach(state.clip(state.x + step), state.x, eps) for step in (eps, -eps)
+        )
 
-def _square(state, x, i, ball, share):
-    "One square at a corner of the ball in each channel, the opposite one if nothing else changes"
-    channels, *sides = size = _size(x)
-    window = _window(state, i, _sides(share, *sides), size)
+    def first(self):
+        "Each column of each channel above or below"
+        channels, height, width = self.size
+        side = self.state.random(signs, self.state.all, channels, 1, width)
+        side = side.expand(-1, -1, height, -1).reshape(self.above.shape)
+        return torch.where(side > 0, self.above, self.below)
 
-    def pick(pixels):
-        return pixels.reshape(len(i), channels, -1).gather(2, window)
-
-    old, centre, eps = pick(x), pick(state.x[i]), state.own(ball.eps, i)
-    eps = pick(eps.expand_as(x)) if isinstance(eps, Tensor) else eps
-    step = eps * _signs(state, i, channels, 1)
-    new = within_reach(state.clip(centre + step, i, pick), centre, eps)
-    opposite = within_reach(state.clip(centre - step, i, pick), centre, eps)
-    is_idle = (new == old).flatten(1).all(1)[:, None, None]
-    now = x.view(len(i), channels, -1)
-    return now.scatter(2, window, torch.where(is_idle, opposite, new)).view_as(x)
+    def propose(self, x, i, u, share):
+        "One square in each channel of `x[i]`, at the other side where nothing changes"
+        (channels, *sides), now = self.size, x[i].view(len(i), self.size[0], -1)
+        window = _window(self.state, i, u[:, :2], _sides(share, *sides), self.size)
+        channel = i[:, None] * channels + torch.arange(channels, device=i.device)
+        at = channel[:, :, None] * now.shape[2] + window
+        above, below, is_above = self.above.take(at), self.below.take(at), u[:, 2:, None] < 0.5
+        new = torch.where(is_above, above, below)
+        is_idle = (new == now.gather(2, window)).flatten(1).all(1)[:, None, None]
+        new = torch.where(is_idle, torch.where(is_above, below, above), new)
+        return now.scatter_(2, window, new).view(-1, *x.shape[1:])
 
 # %% ../../nbs/08_score_based.ipynb #08-040
 def _hill(h, w, like):
@@ -167,39 +166,55 @@ def _hill_and_valley(h, w, like):
     pair = torch.cat([_hill(h // 2, w, like), -_hill(h - h // 2, w, like)])
     return pair / pair.norm()
 
-
-def _tiles(state, ball):
-    "5 x 5 tiles, each a hill and a valley or a valley and a hill, of norm `eps` in all"
-    channels, *size = _size(state.x)
-    tile = _hill_and_valley(*(max(n // 5, 1) for n in size), state.x)
-    tiles = torch.kron(_signs(state, state.all, channels, 5, 5), tile)
-    height, width = (n - covered for n, covered in zip(size, tiles.shape[2:]))
-    frame = (width // 2, width - width // 2, height // 2, height - height // 2)
-    delta = unit(state.free(F.pad(tiles, frame).reshape(state.x.shape), state.all), 2)
-    return state.clip(state.x + state.own(ball.eps, state.all) * delta)
-
 # %% ../../nbs/08_score_based.ipynb #08-040a
-def _two_squares(state, x, i, ball, share):
-    "Move the budget of two squares, and what is unspent, to the first"
-    channels, *size = _size(x)
-    h, w = sides = [min(max(side, 3) | 1, n) for side, n in zip(_sides(share, *size), size)]
-    first, second = (_window(state, i, sides, _size(x)) for _ in range(2))
-    centre = state.x[i].view(len(i), channels, -1)
-    delta = x.view_as(centre) - centre
-    rest = delta.scatter(2, first, 0).scatter(2, second, 0)
-    eps = state.own(ball.eps**2, i)
-    eps = eps.flatten() if isinstance(eps, Tensor) else eps
-    unspent = (eps - delta.square().sum((1, 2))).clamp_min(0)
-    budget = ((delta - rest).square().sum(2) + unspent[:, None] / channels).sqrt()
-    upright, lying = _hill_and_valley(h, w, x), _hill_and_valley(w, h, x).T
-    pattern = torch.where(_signs(state, i, 1) > 0, upright.flatten(), lying.flatten())
-    bump = _signs(state, i, channels, 1) * pattern[:, None]
-    bump = bump + F.normalize(delta.gather(2, first), dim=2)
-    if state.mask is not None:
-        bump = bump * state.mask[i].reshape(len(i), channels, -1).gather(2, first)
-    bump = F.normalize(bump, dim=2)
-    moved = centre + rest.scatter(2, first, budget[:, :, None] * bump)
-    return state.clip(moved.view_as(x), i)
+class _Hills:
+    "Points of the l2 ball: tiles, then hills and valleys that move the budget of two squares to one"
+
+    def __init__(self, state, ball):
+        self.state, self.size, self.patterns = state, _size(state.x), {}
+        self.n_uniform = 5 + self.size[0]
+        self.eps = state.own(ball.eps, state.all)
+
+    def first(self):
+        "5 x 5 tiles, each a hill and a valley or a valley and a hill, of norm `eps` in all"
+        state, (channels, *size) = self.state, self.size
+        tile = _hill_and_valley(*(max(n // 5, 1) for n in size), state.x)
+        tiles = torch.kron(state.random(signs, state.all, channels, 5, 5), tile)
+        height, width = (n - covered for n, covered in zip(size, tiles.shape[2:]))
+        frame = (width // 2, width - width // 2, height // 2, height - height // 2)
+        delta = unit(state.free(F.pad(tiles, frame).reshape(state.x.shape), state.all), 2)
+        return state.clip(state.x + self.eps * delta)
+
+    def pattern(self, sides):
+        "The two ways to lay a hill and a valley in a window `[2,h*w]`"
+        if sides not in self.patterns:
+            (h, w), x = sides, self.state.x
+            both = _hill_and_valley(h, w, x), _hill_and_valley(w, h, x).T
+            self.patterns[sides] = torch.stack([way.flatten() for way in both])
+        return self.patterns[sides]
+
+    def propose(self, x, i, u, share):
+        "Move the budget of two squares of `x[i]`, and what is unspent, to the first"
+        state, (channels, *size) = self.state, self.size
+        sides = tuple(min(max(side, 3) | 1, n) for side, n in zip(_sides(share, *size), size))
+        first, second = (
+            _window(state, i, corner, sides, self.size) for corner in (u[:, :2], u[:, 2:4])
+        )
+        centre = state.x[i].view(len(i), channels, -1)
+        delta = x[i].view_as(centre) - centre
+        old = delta.gather(2, first)
+        delta.scatter_(2, first, 0)
+        freed = (old.square() + delta.gather(2, second).square()).sum(2)
+        delta.scatter_(2, second, 0)
+        eps = self.eps[i].flatten() if isinstance(self.eps, Tensor) else self.eps
+        spent = freed.sum(1) + delta.square().sum((1, 2))
+        budget = (freed + (eps**2 - spent).clamp_min(0)[:, None] / channels).sqrt()
+        side = torch.where(u[:, 5:, None] < 0.5, 1, -1).to(x)
+        bump = side * self.pattern(sides)[(u[:, 4] < 0.5).long(), None] + F.normalize(old, dim=2)
+        if state.mask is not None:
+            bump = bump * state.mask[i].reshape(len(i), channels, -1).gather(2, first)
+        delta.scatter_(2, first, budget[:, :, None] * F.normalize(bump, dim=2))
+        return state.clip((centre + delta).view(-1, *x.shape[1:]), i)
 
 # %% ../../nbs/08_score_based.ipynb #08-043
 @attack(minimum_norm=False, black_box=True)
@@ -219,17 +234,20 @@ def square(
         p_init = 0.1 if p == 2 else 0.8
     check_positive(p_init=p_init)
     check_range(0, 1, p_init=p_init)
-    first, propose = (_tiles, _two_squares) if p == 2 else (_stripes, _square)
+    points_of = _Hills if p == 2 else _Squares
 
     def solve(state):
-        best, i, point = BestMargin(state), state.all, first(state, ball)
-        for step in range(1, max_queries + 1):
+        points, best, i = points_of(state, ball), BestMargin(state), state.all
+        point, at_once = points.first(), min(64, max_queries)
+        for step in range(max_queries):
             best.update(point, state.logits(point, i), i)
             (i,) = best.active(i)
             if not len(i):
                 break
-            share = _share(p_init, step, max_queries)
-            point = propose(state, best.x[i], i, ball, share)
+            if step % at_once == 0:  # random numbers of so many steps
+                u = uniform(state.keys(state.all, at_once), points.n_uniform)
+            share = _share(p_init, step + 1, max_queries)
+            point = points.propose(best.x, i, u[i, step % at_once], share)
         return best.x
 
     return solve

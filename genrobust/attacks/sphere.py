@@ -22,6 +22,7 @@ from genrobust.attacks.engine import (
 )
 from .gradient import project, unit
 from .pairs import PairMargin
+from .random_numbers import normal
 from .result import norm, per_image, require
 
 # %% ../../nbs/14_ddn.ipynb #14-019
@@ -83,7 +84,7 @@ class _Walk:
         eps, g = (values.to(wide) for values in nearest_boundary(state, self.p))
         eps = eps if self.init_norm is None else torch.full_like(eps, self.init_norm)
         eps = eps.clamp(1e-4 * largest, largest)
-        g = state.free(state.random(torch.randn, i), i).to(wide) if self.random_start else g
+        g = state.free(state.random(normal, i), i).to(wide) if self.random_start else g
         delta = self.move(torch.zeros_like(origin), g, eps, eps)
         for n in range(self.steps):
             x = state.clip((origin + delta).to(state.x), i)

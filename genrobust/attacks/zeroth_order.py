@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .engine import AttackState, attack, check_counts, check_positive
 from .penalty import check_penalty, linear_scale, minimise
+from .random_numbers import uniform
 from .result import require
 
 # %% ../../nbs/07_zoo.ipynb #07-014
@@ -51,7 +52,7 @@ class FiniteDifferences:
 
     def order(self, x: Tensor, i: Tensor) -> Tensor:
         "Pixels in the order to visit them, `[len(i),D]`: those visited least first, or drawn."
-        u = self.state.random(torch.rand, i).flatten(1)
+        u = self.state.random(uniform, i).flatten(1)
         if self.state.mask is not None:  # pixels that may not change come last
             u = u.masked_fill(~self.state.mask[i].flatten(1), -torch.inf)
         if not self.importance:

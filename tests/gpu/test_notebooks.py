@@ -1,0 +1,46 @@
+"The fast cells of the chapters on a GPU."
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / 'tests'))
+
+from notebooks import directives  # noqa: E402
+
+NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
+# Their fast cells compute on the CPU, by name, so that what they print is the same everywhere; in
+# minutes they would show here what they show there. The functions are called by the tests beside
+ON_THE_CPU = '00 01 02 03 04 05 06 07 08 09 10 11 12 13 14 15 16 24 26 29 30 32 33 35'.split()
+
+
+def fast_cells(path):
+    from execnb.nbio import read_nb
+
+    code = [cell for cell in read_nb(path).cells if cell.cell_type == 'code']
+    return [cell for cell in code if not directives(cell) & {'slow', 'notest', 'eval:'}]
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_fast_cells(path, monkeypatch):
+    from execnb.shell import CaptureShell
+
+    if path.stem[:2] in ON_THE_CPU:
+        pytest.skip('its fast cells compute on the CPU, by name')
+    monkeypatch.chdir(path.parent)
+    shell = CaptureShell(path)
+    for cell in fast_cells(path):
+        shell.cell(cell)
+        assert not shell.exc, f'{cell.id}: {shell.prettytb(path)}'
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_chapters_that_are_left_out_name_the_cpu(path):
+    if path.stem[:2] in ON_THE_CPU:
+        shown = [cell.source for cell in fast_cells(path) if 'export' not in directives(cell)]
+        calls = re.findall(r'(?:load_pretrained|pick_device)\(.*', '\n'.join(shown))
+        calls = [call for call in calls if 'pick_device()}, {torch' not in call]  # what was run on
+        assert all('cpu' in call for call in calls), calls

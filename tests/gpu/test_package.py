@@ -1,0 +1,142 @@
+"Models, training, the study, benchmarks and the command line on a GPU, images on either device."
+
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+from small import classifier, ready, some
+
+from genrobust import bench, cli
+from genrobust.bench import (
+    compare_paths,
+    machine,
+    measure_limits,
+    product_rates,
+    run_benchmark,
+    time_calls,
+)
+from genrobust.data import load
+from genrobust.models import FACTORISATIONS, load_pretrained, save_model
+from genrobust.numerics import batch_for, seeded
+from genrobust.study import Preset, run
+from genrobust.training import fit
+
+NAMES = [*FACTORISATIONS, 'CNN']
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_methods_take_images_from_anywhere(name, home):
+    "Of a model on the GPU; what they return lies where the images do"
+    clf, (x, y) = ready(classifier(name)), some(3, home)
+    found = [clf(x), clf.fixed(0)(x), clf.averaged(2)(x), clf.fresh()(x)]
+    clf.loss(x, y).item()
+    if name != 'CNN':
+        found += [clf.elbo(x, y), clf.encode(x, y)]
+        clf.log_terms(x), clf.fixed(1, n_samples=3).log_terms(x)
+    if clf.has_density:
+        found += [clf.reconstruct(x), clf.log_joint(x), clf.fixed(0).log_marginal(x)]
+        for labels in (3, torch.arange(4), torch.arange(4).to(home)):
+            assert clf.sample(labels, 2).shape[-1] == 28
+    assert {v.device.type for v in found} == {home}
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_models_are_kept(name, tmp_path):
+    clf = ready(classifier(name))
+    save_model(clf, tmp_path / 'm.safetensors')
+    again = load_pretrained(tmp_path / 'm.safetensors')
+    assert {v.device.type for v in again.state_dict().values()} == {'cuda'}
+
+
+HOW = dict(
+    plainly={},
+    amp=dict(amp=True),
+    adversary=dict(adversary=partial(cli.pgd_start, steps=2)),
+    adversary_amp=dict(adversary=partial(cli.pgd_start, steps=2), amp=True),
+    warmup=dict(warmup=2),
+)
+
+
+@pytest.mark.parametrize('how', HOW)
+@pytest.mark.parametrize('name', ['GFZ', 'CNN'])
+def test_training_goes_on_where_it_stopped(name, how, tmp_path):
+    home = 'cuda' if 'amp' in how else 'cpu'
+    parts, own = (some(80, home), some(40, home, 100)), dict(HOW[how], batch_size=40)
+    if name == 'GFZ' and 'adversary' in own:
+        pytest.skip('a Bayes classifier is not trained so here')
+    models = [classifier(name) for _ in range(3)]
+    fit(models[0], *parts, epochs=1, checkpoint=tmp_path / 'c', progress=False, **own)
+    resumed = fit(models[1], *parts, epochs=2, checkpoint=tmp_path / 'c', progress=False, **own)
+    assert fit(models[2], *parts, epochs=2, progress=False, **own) == resumed
+    weights = [m.state_dict().values() for m in models[1:]]
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+
+
+def test_seeded_is_for_the_gpu_too():
+    before = torch.get_rng_state(), torch.cuda.get_rng_state()
+    drawn = []
+    for _ in range(2):
+        with seeded(3):
+            drawn.append(torch.rand(3, device='cuda'))
+    assert drawn[0].equal(drawn[1])
+    assert all(map(torch.equal, before, (torch.get_rng_state(), torch.cuda.get_rng_state())))
+
+
+def test_work_on_the_cpu_starts_no_context(tmp_path):
+    "Of a machine with a GPU that nobody has touched"
+    from genrobust.attacks import deepfool, rescore
+
+    def never(*args):
+        raise AssertionError('a CUDA context is started')
+
+    untouched = dict(is_initialized=lambda: False, default_generators=())
+    untouched |= dict.fromkeys(('_lazy_init', 'get_rng_state', 'current_device'), never)
+    with patch.multiple(torch.cuda, **untouched):
+        clf, (x, _y) = classifier('GFZ').eval(), some(3, 'cpu')
+        rescore(deepfool(clf, x, steps=2), clf, draws=2)
+        fit(classifier('GFZ'), some(40, 'cpu'), some(40, 'cpu'), 1, device='cpu', progress=False)
+        with seeded(3):
+            torch.rand(3)
+
+
+def test_batches_grow_with_memory(gpu):
+    x = torch.rand(1, 1, 28, 28)
+    assert batch_for(x, 256) == 256 and batch_for(x.to('cuda'), 256) == 2048
+    assert 1 <= batch_for(torch.rand(1, 3, 512, 512).to('cuda'), 256) < 256
+
+
+def test_the_study(tmp_path, gpu):
+    how = Preset(500, 60, 20, 2, carlini_wagner=1, zoo=1, apgd=1, seeds=1, draws=2)
+    attacks = ['Noise', 'FGS', 'PGD', 'DeepFool', 'APGD, L2 1']
+    run(how, tmp_path, ['cnn'], attacks, say=lambda text: None)
+    assert 'a pretended GPU' in (tmp_path / 'seconds.csv').read_text()
+    assert not gpu.rounded, gpu.rounded
+
+
+def test_benchmarks(gpu):
+    assert 'a pretended GPU' in machine().values()
+    time_calls(torch.add, lambda: (torch.ones(2, device='cuda'),) * 2, 2, 'cuda')
+    found = compare_paths(load_pretrained('gfz').fixed(0), some(2, 'cpu').x, 1)
+    assert found['clear'] == 0
+    frame = run_benchmark('fgsm-cnn', load('synthetic').valid, rounds=1, n=2)
+    assert 'error' not in frame or frame.error.isna().all()
+    product_rates('cuda', size=64)
+    assert not gpu.rounded, gpu.rounded
+    with patch.object(bench, 'product_rates', lambda device: dict(matmul=1.0, convolution=1.0)):
+        assert (measure_limits(('gfz',), n=2, batches=1).seconds > 0).all()
+
+
+def command(*words):
+    assert cli.main([str(word) for word in words]) in (0, None)
+
+
+def test_the_command_line(tmp_path, capsys):
+    own, model, result = ('--data', 'synthetic', '--no-progress'), tmp_path / 'm', tmp_path / 'r'
+    model, result = model.with_suffix('.safetensors'), result.with_suffix('.safetensors')
+    first, second = ('--images', 9, '--out', result), ('--images', 2, '--out', result, '--steps', 2)
+    command('train', 'cnn', *own, '--images', 100, '--epochs', 1, '--out', model)
+    command('attack', 'fgsm', '--model', model, *own, *first, '--device', 'cuda:0')
+    command('attack', 'deepfool', '--model', 'gfz', *own, *second, '--draws', 2)
+    command('attack', 'pgd', '--model', model, *own, *second, '--device', 'cpu')
+    assert 'Traceback' not in capsys.readouterr().err
