@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cached_property, partial, wraps
 from inspect import signature
 from typing import NamedTuple
@@ -129,6 +130,7 @@ class ModelCase:
         check_model(model, allow_training=True)
         check_images(x)
         within_bounds(x, bounds)
+        model = deepcopy(model) if is_training(model) else model  # its running statistics move
         self.model, self.seed, self.effort = model, seed, SIZES[size]
         self.device = device_of(model, x)
         self.everything = x.detach().to(self.device)
@@ -144,7 +146,7 @@ class ModelCase:
     @torch.no_grad()
     def ask(self, x: Tensor) -> Tensor:
         "Logits `[B,C]`, on the same random numbers at every call."
-        return ask_in_parts(self.view, x, 256)
+        return ask_in_parts(self.view, x, 64)
 
     @property
     def width(self) -> float:
@@ -268,7 +270,7 @@ def _differ(one, other):
 def random_answers(case: ModelCase) -> float:
     "Largest difference between two answers to the same images, in units of the largest logit"
     with no_tf32():
-        return _differ(*[ask_in_parts(case.model, case.x, 256) for _ in range(2)])
+        return _differ(*[ask_in_parts(case.model, case.x, 64) for _ in range(2)])
 
 # %% ../nbs/34_diagnosis.ipynb #34-022
 @check(0, 'attack with batch_size=1; use running statistics, not those of the batch')
@@ -413,7 +415,7 @@ class AttackCase(ModelCase):
         self.x, self.y = result.x[i].to(self.device), self.labels[i.to(self.device)]
         self.logits = self.ask(self.x)
         # A random model that cannot be held fixed is judged by the majority of its answers
-        self.draws = 1 if hasattr(model, 'fixed') or not random_answers.measure(self) else 15
+        self.draws = 1 if hasattr(self.model, 'fixed') or not random_answers.measure(self) else 15
         fallen = self.is_fooled(result.x_adv[i]) if self.draws > 1 else result.success[i]
         self.standing = (~fallen.to(self.device)).nonzero().squeeze(1)
 
@@ -426,7 +428,7 @@ class AttackCase(ModelCase):
         y = self.y if i is None else self.y[i]
         if self.draws == 1:
             return self.ask(x.to(self.device)).argmax(1) != y
-        answers = [ask_in_parts(self.model, x.to(self.device), 256) for _ in range(self.draws)]
+        answers = [ask_in_parts(self.model, x.to(self.device), 64) for _ in range(self.draws)]
         wrong = torch.stack([logits.argmax(1) != y for logits in answers])
         return wrong.double().mean(0) > 0.5
 
@@ -437,10 +439,10 @@ class AttackCase(ModelCase):
             return fooled
         own, known = dict(p=self.p, eps=self.eps) | own, signature(attack).parameters
         given = {name: value for name, value in own.items() if name in known}
-        model = model or (self.model if self.draws > 1 else self.view)
+        net = model or (self.model if self.draws > 1 else self.view)
         shared = dict(bounds=self.bounds, seed=self.seed, allow_training=True, numbers=i)
         shared['draws'] = 4 if self.draws > 1 else 1
-        found = _run(attack, model, self.x[i], self.y[i], **shared, **given)
+        found = _run(attack, net, self.x[i], self.y[i], **shared, **given)
         if found is None:
             return fooled
         size = norm(found.perturbation, own['p'])
