@@ -42,7 +42,7 @@ class Linear(nn.Module):
         eps: float,  # Radius of the l-infinity ball
         bounds: tuple = (0, 1),  # Of pixels
     ) -> Tensor:  # Bool `[N]`
-        "Whether no point of the ball within bounds is misclassified: exact, each pixel at its worst."
+        "Whether no point of the ball within bounds is misclassified, exactly."
         flat, logits = x.flatten(1).double(), self(x).double()
         w = self.layer.weight.double()
         down, up = ((bound - flat).clamp(-eps, eps) for bound in bounds)
@@ -101,7 +101,7 @@ class Noisy(Wrapper):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x + 0.1 * torch.randn_like(x))
 
-
+# %% ../nbs/35_deceivers.ipynb #35-020s1
 class Saturated(Wrapper):
     "Logits times 1,000: the cross-entropy of most images is exactly 0"
 
@@ -158,7 +158,7 @@ class ExpectsBytes(Wrapper):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x / 255)
 
-
+# %% ../nbs/35_deceivers.ipynb #35-022s1
 class ExpectsNormalised(Wrapper):
     "Was trained on normalised pixels"
 
@@ -278,7 +278,7 @@ class TinyTransformer(nn.Module):
         patches = self.patches(x).flatten(2).mT
         return self.head(self.layers(patches + self.position).mean(1))
 
-
+# %% ../nbs/35_deceivers.ipynb #35-032s1
 def tiny_mlp(n_logits: int = 10) -> nn.Module:
     "Images of 784 pixels to logits, `[B]` where there is one."
     flat = [nn.Flatten(0)] if n_logits == 1 else []
@@ -306,7 +306,7 @@ EXPECTED = dict(
 )
 OF_TWO_CLASSES = 'two_classes', 'one_logit', 'one_probability', 'two_logits_mlp', 'one_logit_mlp'
 
-
+# %% ../nbs/35_deceivers.ipynb #35-034s1
 def deceivers(
     x: Tensor,  # Training images `[N,1,28,28]`; a few thousand are enough
     y: Tensor,  # Labels `[N]`, 0 to 9
@@ -321,7 +321,7 @@ def deceivers(
     named = {re.sub('(?<!^)(?=[A-Z])', '_', w.__name__).lower(): w(linear) for w in wrappers}
     return named | dict(k_winners=train_briefly(k_winners, x, y))
 
-
+# %% ../nbs/35_deceivers.ipynb #35-034s2
 def honest_models(
     x: Tensor,  # Training images `[N,1,28,28]`; a few thousand are enough
     y: Tensor,  # Labels `[N]`, 0 to 9

@@ -39,6 +39,8 @@ from genrobust.attacks.inputs import (
     is_training,
     within_bounds,
 )
+
+# %% ../nbs/34_diagnosis.ipynb #34-005s1
 from genrobust.attacks.result import (
     AttackResult,
     margin,
@@ -453,7 +455,7 @@ class AttackCase(ModelCase):
         "Of the images that count."
         return fooled.sum().item() / len(self)
 
-
+# %% ../nbs/34_diagnosis.ipynb #34-040s1
 def _more_than_one(case):
     "More than a point, and more than one image, which may be luck"
     return max(0.01, 1 / len(case) + 1e-9)
@@ -485,7 +487,7 @@ def _in_ball(x, radius, p, generator):
     share = torch.rand(len(x), generator=generator).to(x) ** (1 / x[0].numel())
     return x + per_image(share, x) * (_on_sphere(x, radius, p, generator) - x)
 
-
+# %% ../nbs/34_diagnosis.ipynb #34-046s1
 def surrogate(
     case: AttackCase,  # Whose model is asked about at most 200 images, and points near them
     hidden: int = 64,  # Units of the hidden layer
@@ -517,7 +519,7 @@ def _climb(case, steps, **own):
         return partial(fmn, steps=steps)
     return partial(apgd, steps=steps, early_stop=True, **own)
 
-
+# %% ../nbs/34_diagnosis.ipynb #34-046s2
 @check(_more_than_one, 'the gradients of the model mislead: report transfer; use square, spsa')
 def transfer_beats_white_box(case: AttackCase) -> float:
     "Share of images that stand and that an attack on a surrogate makes the model misclassify"
@@ -591,7 +593,7 @@ def binary_problem(
         return None
     return Readout(case.view, mean, w[:, best], most[best] + 0.999 * gap[best])
 
-
+# %% ../nbs/34_diagnosis.ipynb #34-052s1
 @check(0.05, 'the attack misses examples that are known to exist: mend it first; use square')
 def binarisation(case: AttackCase) -> float:
     "Share of binary problems with a known solution in which gradients find none"
