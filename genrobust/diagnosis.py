@@ -271,7 +271,7 @@ def _differ(one, other):
 @torch.no_grad()
 def random_answers(case: ModelCase) -> float:
     "Largest difference between two answers to the same images, in units of the largest logit"
-    with no_tf32():
+    with no_tf32(), seeded(derive_seed('answers', case.seed), case.device):
         return _differ(*[ask_in_parts(case.model, case.x, 64) for _ in range(2)])
 
 # %% ../nbs/34_diagnosis.ipynb #34-022
@@ -430,7 +430,9 @@ class AttackCase(ModelCase):
         y = self.y if i is None else self.y[i]
         if self.draws == 1:
             return self.ask(x.to(self.device)).argmax(1) != y
-        answers = [ask_in_parts(self.model, x.to(self.device), 64) for _ in range(self.draws)]
+        x = x.to(self.device)
+        with seeded(derive_seed('majority', self.seed), self.device):
+            answers = [ask_in_parts(self.model, x, 64) for _ in range(self.draws)]
         wrong = torch.stack([logits.argmax(1) != y for logits in answers])
         return wrong.double().mean(0) > 0.5
 
