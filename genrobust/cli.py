@@ -468,6 +468,8 @@ def _foreign(name, device):
     path = Path(file)
     if not path.is_file():
         raise ValueError(f'no file {file!r}; a model is given as net.py:net')
+    if path.suffix != '.py':
+        raise ValueError(f'{file} is no .py file; a model is given as net.py:net')
     spec = spec_from_file_location(path.stem, path)
     module = module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
@@ -479,7 +481,7 @@ def _foreign(name, device):
         sys.path.pop(0)
     model = getattr(module, attribute, None)
     if not callable(model) or isclass(model):
-        kind = f'a {type(model).__name__}' if hasattr(module, attribute) else 'nothing'
+        kind = f'a {type(model).__name__}' if hasattr(module, attribute) else 'not there'
         raise ValueError(f'{name} must be a module or function, images to logits; it is {kind}')
     return model.to(pick_device(device)) if isinstance(model, nn.Module) else model
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
@@ -261,14 +262,26 @@ def _dtypes(model, x):
     return kinds[:1] or list(dict.fromkeys([x.dtype, torch.float32, torch.float64]))
 
 
+def _slope(model, x):
+    "One forward and one backward pass"
+    with differentiable(), seeded(0, x.device):
+        i = torch.arange(len(x), device=x.device)
+        gradient_of(lambda logits, i: logits[:, 0], model, x, i)
+
+
 def _as_module(model, x, logits_of):
-    "A module that returns logits; it is asked for those of one image"
+    "A module that returns logits; it is asked for those of two images"
     with torch.no_grad(), seeded(0, x.device):
-        answer = model(x[:1].clone()) if logits_of is None else None
+        answer = model(x[:2].clone()) if logits_of is None else None
         found = logits_of or _logits_of(answer)
         if found is not None or not isinstance(model, nn.Module):
             model = LogitsOf(model, found or (lambda out: out))
-        check_finite(ask(model, x[:1]))
+        check_finite(ask(model, x[:2]))
+    try:
+        _slope(model, x[:2])
+    except ValueError as e:
+        if 'requires grad' in str(e):  # it calls numpy(), say
+            return LogitsOf(lambda x: model(x.detach()), lambda out: out)
     return model
 
 
@@ -280,8 +293,8 @@ def _adapt(
     """The model as a module that returns logits, and images on its device and of its type.
 
     Of an answer with a part `logits`, that part is taken. A `ValueError` if there are no logits."""
-    require(not is_training(model), 'the model, or a part of it, is in training mode: call eval()')
-    check_model(model)
+    check_model(model, allow_training=True)
+    model = deepcopy(model) if is_training(model) else model  # batch norm would change it
     x, errors = x.to(device_of(model, x)), []
     for dtype in _dtypes(model, x):
         try:
@@ -314,13 +327,6 @@ def _is_random(
     return bool(((one - other).abs().amax(1) > 10 * rounding_tolerance(one)).any())
 
 
-def _slope(model, x):
-    "One forward and one backward pass"
-    with differentiable(), seeded(0, x.device):
-        i = torch.arange(len(x), device=x.device)
-        gradient_of(lambda logits, i: logits[:, 0], model, x, i)
-
-
 def _has_gradient(
     model: nn.Module,  # Images to logits
     x: Tensor,  # Some images
@@ -351,7 +357,7 @@ def _seconds_of_passes(
 
     with no_tf32(), seeded(0, x.device), torch.no_grad():
         query = timed(lambda model, x: ask(model, x).sum().item())
-    step = timed(_slope) if _has_gradient(model, few[:1]) else query
+    step = timed(_slope) if _has_gradient(model, few[:2]) else query
     return {'query': query, 'all classes': step, 'two classes': step * (0.3 if by_class else 1)}
 
 # %% ../nbs/19_evaluate.ipynb #19-050
@@ -401,7 +407,7 @@ class _Parts:
 
     def skip(self, worth: float) -> None:
         "That these need not be done again, so that what is left is told from what was done now."
-        if self.bar is not None:
+        if self.bar is not None and not self.bar.disable:
             self.bar.initial += worth
 
     def begin(self, what: str) -> None:
@@ -423,6 +429,7 @@ def _claim_folder(
     "Note what a folder is for; a `ValueError` where that is another evaluation."
     if folder is None:
         return None
+    require(not Path(folder).is_file(), f'{folder} is a file: name a folder')
     folder, about = writable(folder), json.loads(json.dumps(about))
     file = folder / 'settings.json'
     if file.exists():
@@ -441,7 +448,7 @@ def _claim_folder(
 class _Subject:
     "A model under evaluation with its images, and how"
 
-    model: nn.Module  # Images to logits
+    inspected: nn.Module  # Images to logits
     x: Tensor  # `[N,...]`
     y: Tensor  # `[N]`
     p: float  # Norm: 2 or inf
@@ -453,9 +460,12 @@ class _Subject:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        # What attacks refuse, a model in training mode, is a random function to them
+        is_hidden, whole = is_training(self.inspected), self.inspected
+        self.model = LogitsOf(lambda x: whole(x), lambda out: out) if is_hidden else whole
         self.latents = _has_latents(self.model)
         self.is_random = _is_random(self.model, self.x[:8])
-        self.is_differentiable = _has_gradient(self.model, self.x[:1])
+        self.is_differentiable = _has_gradient(self.model, self.x[:2])
         n = len(self.x)
         width = min(_CHUNK, math.ceil(n / 5)) if self.is_random else 250
         every = torch.arange(n, device=self.x.device)
@@ -576,6 +586,7 @@ class _Averages:
     def __init__(self, subject: _Subject, parts: _Parts, nearest: _Nearest | None):
         self.subject, self.parts, self.nearest = subject, parts, nearest
         self.rows, self.points = [], {}
+        self.wrong = torch.zeros_like(subject.y, dtype=torch.bool)
 
     def candidate(self, job: _Job, c: int, i: Tensor) -> dict:
         "Points that an attack on an average finds for images `i`, and their scores."
@@ -594,6 +605,7 @@ class _Averages:
         s, do = self.subject, self.parts.do
         point = s.x[i]
         share = do(f'choose-{c:04}', lambda: s.score(point, i, 'choose'))['share']
+        self.wrong[i] = share > 0.5
         for k, eps in enumerate(s.radii):
             known = [] if self.nearest is None else [_Job('fixed latents', None, eps)]
             for n, job in enumerate(known + [job for job in jobs if job.eps == eps]):
@@ -608,11 +620,19 @@ class _Averages:
 
     def keep(self, eps: float, c: int, i: Tensor, point: Tensor, scores: dict) -> None:
         "Rows for a table of all images, and the points."
-        self.points.setdefault(eps, []).append(point)
+        self.points.setdefault(eps, []).append((i, point, scores['majority']))
         columns = [scores[name].tolist() for name in ('share', 'majority', 'worst')]
         for image, *values in zip(i.tolist(), *columns):
             scored = dict(zip(('share', 'majority', 'worst'), values))
             self.rows.append(dict(eps=eps, image=image, chunk=c, **scored))
+
+    def within(self, eps: float) -> tuple[Tensor, AttackResult]:
+        "Images, and their points within a radius, a success where most answers are wrong."
+        i, x_adv, majority = (torch.cat(parts) for parts in zip(*self.points[eps]))
+        wrong = self.wrong[i]
+        x, y, zero = self.subject.x[i], self.subject.y[i], torch.zeros_like(i)
+        success = majority.bool() & ~wrong
+        return i, AttackResult(x, x_adv, y, y, success, wrong, zero, zero)
 
 # %% ../nbs/19_evaluate.ipynb #19-066
 @dataclass(repr=False)
@@ -646,14 +666,14 @@ class Evaluation:
         return pd.DataFrame(dict(distance=found.tolist(), rate=rates))
 
     def table(self) -> "'pd.DataFrame'":
-        "`robust` as text: a row for each radius, a column for each threat model."
+        "`robust` as text: a row for each radius, `eps`, and a column for each threat model."
         texts = [f'{r.rate:.1%} [{r.low:.1%}, {r.high:.1%}]' for r in self.robust.itertuples()]
         frame = self.robust.assign(text=texts, eps=self.robust.eps.map('{:g}'.format))
         heads = [f'{r.threat_model} (n = {r.n})' for r in self.robust.itertuples()]
         frame = frame.assign(threat_model=heads)
         rows, columns = frame.eps.unique(), frame.threat_model.unique()
         found = frame.pivot(index='eps', columns='threat_model', values='text')
-        return found.loc[rows, columns].rename_axis(columns=None)
+        return found.loc[rows, columns].rename_axis(columns=None).reset_index()
 
     def _lines(self):
         "What stands above the table, and below"
@@ -670,7 +690,7 @@ class Evaluation:
 
     def __repr__(self):
         above, title, below = self._lines()
-        lines = [above, '', title, self.table().to_string(), '']
+        lines = [above, '', title, self.table().to_string(index=False), '']
         lines += ['No warning.'] if not self.warnings else ['Do not believe it yet:']
         lines += [f'- {c.name} ({c.evidence:.3g}): {c.advice}' for c in self.warnings]
         return '\n'.join([*lines, '', *below])
@@ -682,7 +702,10 @@ class Evaluation:
             for c in self.warnings
         ]
         verdict = 'No warning.' if not warned else 'Do not believe it yet:'
-        parts = [f'<p>{escape(above)}</p><p>{escape(title)}</p>', self.table().to_html(border=0)]
+        parts = [
+            f'<p>{escape(above)}</p><p>{escape(title)}</p>',
+            self.table().to_html(border=0, index=False),
+        ]
         parts += [f'<p>{verdict}</p>', f'<ul>{"".join(warned)}</ul>' if warned else '']
         return ''.join([*parts, f'<p>{escape("; ".join(below))}</p>'])
 
@@ -802,7 +825,7 @@ def _about(subject, model, predictions, jobs):
     name = getattr(model, 'name', None) or getattr(model, '__name__', type(model).__name__)
     return dict(
         model=str(name),
-        weights=digest(s.model.state_dict()),
+        weights=digest(s.inspected.state_dict()),
         images=digest(dict(x=s.x, y=s.y)),
         answers=digest(dict(y=predictions)),
         p=s.p,
@@ -852,6 +875,7 @@ def _describe(subject, white, average, seconds):
 
 
 def _duration(seconds):
+    seconds = max(seconds, 1)
     return f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min'
 
 # %% ../nbs/19_evaluate.ipynb #19-074
@@ -880,14 +904,16 @@ def _attack_averages(subject, parts, nearest, jobs, rates):
     return averages, 1 - torch.cat([part['share'] for part in clean])
 
 
-def _cross_check(subject, nearest):
-    "Cautions about the radius at which about half of the accuracy is left"
-    s, result = subject, nearest.result
-    half = result.attacked.double().mean() / 2
-    eps = min(s.radii, key=lambda r: abs((nearest.distance > r).double().mean() - half))
-    i = s.chunks[0] if s.is_random else torch.arange(len(s.x), device=s.x.device)
-    found = nearest.within(eps)
-    found = AttackResult.of({k: v[i] for k, v in found.tensors().items()}, found.settings)
+def _cross_check(subject, nearest, averages, robust):
+    "Cautions about the radius at which about half of the images are left"
+    s, first = subject, robust[robust.threat_model == robust.threat_model[0]]
+    eps = first.eps[(first.rate - 0.5).abs().idxmin()]
+    if nearest is None:
+        i, found = averages.within(eps)
+    else:
+        i = s.chunks[0] if s.is_random else torch.arange(len(s.x), device=s.x.device)
+        found = nearest.within(eps)
+        found = AttackResult.of({k: v[i] for k, v in found.tensors().items()}, found.settings)
     how = dict(bounds=s.bounds, seed=s.seed, size=s.size)
     return cross_check(s.fixed(0), s.x[i], s.y[i], s.p, eps, found, **how)
 
@@ -909,11 +935,11 @@ def _prepare(model, x, y, images, logits_of, own):
 
 
 def _run(subject, parts, predictions, progress, say):
-    "Checks and attacks, in order: nearest examples, averages, accuracies by image, cautions"
+    "Checks, the plan, attacks, and checks of these: what an `Evaluation` consists of"
     s, inspected = subject, dict(bounds=subject.bounds, seed=subject.seed, size=subject.size)
-    found = parts.do('inspect', lambda: _as_part(inspect_model(s.model, s.x, s.y, **inspected)))[
-        'cautions'
-    ]
+    found = parts.do(
+        'inspect', lambda: _as_part(inspect_model(s.inspected, s.x, s.y, **inspected))
+    )['cautions']
     is_usable = s.is_differentiable and not any('gradient' in name for name, *_ in found)
     white, average = _plan(s, is_usable)
     rates = _seconds_of_passes(s.model, s.x)
@@ -923,11 +949,19 @@ def _run(subject, parts, predictions, progress, say):
     with parts.watched(expected, progress):
         nearest = _attack_white_box(s, parts, predictions, white, rates)
         averages, clean = _attack_averages(s, parts, nearest, average, rates)
-        if nearest is not None:
-            parts.begin('checks')
-            found += parts.do('check', lambda: _as_part(_cross_check(s, nearest)))['cautions']
+        robust, scores = _robust(s, nearest, averages)
+        parts.begin('checks')
+        check = partial(_cross_check, s, nearest, averages, robust)
+        found += parts.do('check', lambda: _as_part(check()))['cautions']
     clean = (predictions == s.y).double() if clean is None else clean
-    return nearest, averages, clean, [Caution(*c) for c in found]
+    return dict(
+        clean=Rate.of(clean),
+        robust=robust,
+        warnings=[Caution(*c) for c in found],
+        result=nearest and nearest.within().to('cpu'),
+        distance=nearest and nearest.distance.cpu(),
+        scores=scores,
+    )
 
 # %% ../nbs/19_evaluate.ipynb #19-078
 def evaluate(
@@ -960,19 +994,8 @@ def evaluate(
     about = _about(s, model, predictions, sum(_plan(s, s.is_differentiable), []))
     parts = _Parts(_claim_folder(folder, about), s.x.device)
     say = say or (print if progress else lambda text: None)
-    nearest, averages, clean, cautions = _run(s, parts, predictions, progress, say)
-    robust, scores = _robust(s, nearest, averages)
-    report = Evaluation(
-        clean=Rate.of(clean),
-        robust=robust,
-        warnings=cautions,
-        result=nearest and nearest.within().to('cpu'),
-        distance=nearest and nearest.distance.cpu(),
-        scores=scores,
-        passes=parts.passes,
-        seconds=parts.seconds,
-        settings=about,
-    )
+    found = _run(s, parts, predictions, progress, say)
+    report = Evaluation(**found, passes=parts.passes, seconds=parts.seconds, settings=about)
     if folder is not None:
         report.save(folder)
     return report
