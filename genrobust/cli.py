@@ -485,7 +485,7 @@ def _foreign(name, device):
         raise ValueError(f'{name} must be a module or function, images to logits; it is {kind}')
     return model.to(pick_device(device)) if isinstance(model, nn.Module) else model
 
-
+# %% ../nbs/27_cli.ipynb #27-018q1
 def _from_npz(file):
     "Arrays x and y"
     if not Path(file).is_file():
@@ -520,7 +520,7 @@ def _images_or_file(text):
     "A number of test images, or the name of a file"
     return _count(text) if text.removeprefix('-').isdecimal() else text
 
-
+# %% ../nbs/27_cli.ipynb #27-018q4
 def _add_evaluate(commands, common):
     about = 'say how robust a model is, at most, and whether to believe it'
     text = f'{about.capitalize()}: robust accuracy within each radius, with warnings.'

@@ -9,6 +9,7 @@ __all__ = ['SIZES', 'RADII', 'Rate', 'Size', 'Evaluation', 'evaluate', 'ensemble
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -46,6 +47,8 @@ from genrobust.attacks.inputs import (
     is_training,
     within_bounds,
 )
+
+# %% ../nbs/19_evaluate.ipynb #19-005c
 from .attacks.result import AttackResult, norm, per_image, require, rounding_tolerance
 from .attacks.score_based import square
 from .diagnosis import Caution, cross_check, inspect_model
@@ -215,7 +218,7 @@ def _white_box_jobs(
         jobs += [_Job(k, v, eps, eps) for k, v in _affordable(within, steps).items()]
     return jobs + [_Job(k, v, None, radii[0]) for k, v in nearest.items() if k not in cheap]
 
-
+# %% ../nbs/19_evaluate.ipynb #19-033s1
 def _black_box_jobs(
     p: float,  # Norm: 2 or inf
     radii: Sequence[float],  # In ascending order
@@ -260,7 +263,7 @@ class Size(NamedTuple):
 
 SIZES = dict(
     quick=Size(math.inf, 300, 20, 2, 20, 20),
-    standard=Size(1100, 2000, 40, 5, 50, 20),
+    standard=Size(900, 2000, 40, 5, 50, 20),
     thorough=Size(math.inf, 10_000, 200, 20, 100, 100),
 )
 RADII = {2: (0.5, 1.0, 2.0), math.inf: (0.02, 0.05, 0.1)}  # By default; times the width of bounds
@@ -291,7 +294,7 @@ def _collect(x, images):
     require(n > 0, 'x holds no images')
     return [torch.cat(values) for values in zip(*parts)]
 
-
+# %% ../nbs/19_evaluate.ipynb #19-040s1
 def _as_images(
     x: Tensor | np.ndarray | Iterable,  # Images `[N,...]`; or with labels: a pair, Dataset, loader
     y: Tensor | np.ndarray | None = None,  # Labels `[N]`; None: they come with `x`
@@ -333,7 +336,7 @@ def _slope(model, x):
         i = torch.arange(len(x), device=x.device)
         gradient_of(lambda logits, i: logits[:, 0], model, x, i)
 
-
+# %% ../nbs/19_evaluate.ipynb #19-042s1
 def _as_module(model, x, logits_of):
     "A module that returns logits; it is asked for those of two images"
     with torch.no_grad(), seeded(0, x.device):
@@ -349,7 +352,7 @@ def _as_module(model, x, logits_of):
             return LogitsOf(lambda x: model(x.detach()), lambda out: out)
     return model
 
-
+# %% ../nbs/19_evaluate.ipynb #19-042s2
 def _adapt(
     model: Callable,  # A module or a function
     x: Tensor,  # Images `[N,...]`
@@ -405,7 +408,7 @@ def _has_gradient(
             return False
         raise
 
-
+# %% ../nbs/19_evaluate.ipynb #19-044s1
 def _seconds_of_passes(
     model: nn.Module,  # Images to logits
     x: Tensor,  # Images
@@ -608,7 +611,7 @@ class Evaluation:
     def __repr__(self):
         above, title, below = self._lines()
         lines = [above, '', title, self.table().to_string(index=False), '']
-        lines += ['No warning.'] if not self.warnings else ['Do not believe it yet:']
+        lines += ['No warning.'] if not self.warnings else ['Cautions, with evidence:']
         lines += [f'- {c.name} ({c.evidence:.3g}): {c.advice}' for c in self.warnings]
         return '\n'.join([*lines, '', *below])
 
@@ -618,7 +621,7 @@ class Evaluation:
             f'<li><b>{escape(c.name)}</b> ({c.evidence:.3g}): {escape(c.advice)}</li>'
             for c in self.warnings
         ]
-        verdict = 'No warning.' if not warned else 'Do not believe it yet:'
+        verdict = 'No warning.' if not warned else 'Cautions, with evidence:'
         parts = [
             f'<p>{escape(above)}</p><p>{escape(title)}</p>',
             self.table().to_html(border=0, index=False),
@@ -818,16 +821,17 @@ def _check(p, eps, size, bounds, x):
         check_positive(eps=radius)
     return sorted({float(radius) for radius in eps}), x
 
-
+# %% ../nbs/19_evaluate.ipynb #19-071s1
 def _about(subject, model, predictions, jobs):
     "What results depend on, as JSON can hold it"
     s = subject
     name = getattr(model, 'name', None) or getattr(model, '__name__', type(model).__name__)
+    weights = s.inspected.state_dict()
     return dict(
         model=str(name),
-        weights=digest(s.inspected.state_dict()),
+        # A function is known by what it answers
+        weights=digest(weights or dict(answers=predictions)),
         images=digest(dict(x=s.x, y=s.y)),
-        answers=digest(dict(y=predictions)),
         p=s.p,
         eps=s.radii,
         size=s.size,
@@ -859,7 +863,7 @@ def _expected(subject, white, average, rates):
     total = len(s.x) * (sum(alone[:2]) + sum(alone[2:]) / 2)
     return total + seen * s.draws * sum(job.seconds(rates) for job in average)
 
-
+# %% ../nbs/19_evaluate.ipynb #19-072s1
 def _describe(subject, white, average, seconds):
     "The plan, in words"
     s, names = subject, list(dict.fromkeys(job.name for job in white))
@@ -903,7 +907,7 @@ def _attack_averages(subject, parts, nearest, jobs, rates):
         averages.attack(jobs, c, i, rates)
     return averages, 1 - torch.cat([part['share'] for part in clean])
 
-
+# %% ../nbs/19_evaluate.ipynb #19-074s1
 def _cross_check(subject, nearest, averages, robust):
     "Cautions about the radius at which about half of the images are left"
     s, first = subject, robust[robust.threat_model == robust.threat_model[0]]
@@ -918,8 +922,14 @@ def _cross_check(subject, nearest, averages, robust):
     return cross_check(s.fixed(0), s.x[i], s.y[i], s.p, eps, found, **how)
 
 
+_ADVICE = {'random_answers': 'it is counted on resampled answers too: read these rows first'}
+
+
 def _as_part(cautions):
-    return dict(cautions=[[c.name, float(c.evidence), c.advice] for c in cautions])
+    "As JSON can hold them, with other advice where it has been followed already"
+    return dict(
+        cautions=[[c.name, float(c.evidence), _ADVICE.get(c.name, c.advice)] for c in cautions]
+    )
 
 # %% ../nbs/19_evaluate.ipynb #19-076
 def _prepare(model, x, y, images, logits_of, own):
@@ -933,7 +943,7 @@ def _prepare(model, x, y, images, logits_of, own):
     net, x = _adapt(model, x, logits_of)
     return _Subject(net, x, y.to(x.device), **own)
 
-
+# %% ../nbs/19_evaluate.ipynb #19-076s1
 def _run(subject, parts, predictions, progress, say):
     "Checks, the plan, attacks, and checks of these: what an `Evaluation` consists of"
     s, inspected = subject, dict(bounds=subject.bounds, seed=subject.seed, size=subject.size)
@@ -994,7 +1004,9 @@ def evaluate(
     about = _about(s, model, predictions, sum(_plan(s, s.is_differentiable), []))
     parts = _Parts(_claim_folder(folder, about), s.x.device)
     say = say or (print if progress else lambda text: None)
-    found = _run(s, parts, predictions, progress, say)
+    with warnings.catch_warnings():  # gradients that are not finite are a caution
+        warnings.simplefilter('ignore', RuntimeWarning)
+        found = _run(s, parts, predictions, progress, say)
     report = Evaluation(**found, passes=parts.passes, seconds=parts.seconds, settings=about)
     if folder is not None:
         report.save(folder)
