@@ -149,13 +149,13 @@ def _ours_in_a_ball(name, **settings):
         attack, steps = getattr(import_module('genrobust.attacks'), name), passes // (2 * _ROUNDS)
         spent = torch.zeros(2, len(x), dtype=torch.long, device=x.device)
 
-        def within(i, eps):
+        def within(eps):
             given = dict(eps=eps, p=p, steps=max(1, steps), early_stop=True, **settings)
-            result = attack(model, x[i], y[i], **given)
-            spent[:, i] += torch.stack([result.forwards, result.backwards])
+            result = attack(model, x, y, **given)
+            spent.add_(torch.stack([result.forwards, result.backwards]))
             return result.x_adv, result.success
 
-        return smallest_eps(one_radius(within), x, p, _START[p], _ROUNDS), *spent
+        return smallest_eps(within, x, p, _START[p], _ROUNDS), *spent
 
     return run
 
