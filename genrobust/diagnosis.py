@@ -409,8 +409,9 @@ class AttackCase(ModelCase):
         super().__init__(model, result.x, result.y, bounds, seed, size)
         self.p, self.eps, self.bounds = p, float(eps), bounds
         i = result.attacked.nonzero().squeeze(1)[: self.effort.images]
+        require(len(i) > 0, 'no image of the result was classified correctly and attacked')
         self.x, self.y = result.x[i].to(self.device), self.labels[i.to(self.device)]
-        self.logits = self.ask(self.x) if len(i) else self.logits[:0]
+        self.logits = self.ask(self.x)
         # A random model that cannot be held fixed is judged by the majority of its answers
         self.draws = 1 if hasattr(model, 'fixed') or not random_answers.measure(self) else 15
         fallen = self.is_fooled(result.x_adv[i]) if self.draws > 1 else result.success[i]
@@ -448,12 +449,12 @@ class AttackCase(ModelCase):
 
     def share(self, fooled: Tensor) -> float:
         "Of the images that count."
-        return fooled.sum().item() / len(self) if len(self) else math.nan
+        return fooled.sum().item() / len(self)
 
 
 def _more_than_one(case):
     "More than a point, and more than one image, which may be luck"
-    return max(0.01, 1 / max(len(case), 1) + 1e-9)
+    return max(0.01, 1 / len(case) + 1e-9)
 
 # %% ../nbs/34_diagnosis.ipynb #34-044
 @check(_more_than_one, 'report the black-box result; find what masks the gradients')
@@ -518,8 +519,10 @@ def _climb(case, steps, **own):
 @check(_more_than_one, 'the gradients of the model mislead: report transfer; use square, spsa')
 def transfer_beats_white_box(case: AttackCase) -> float:
     "Share of images that stand and that an attack on a surrogate makes the model misclassify"
-    i, attack = case.standing, _climb(case, case.effort.steps, loss='margin')
-    return case.share(case.attack(attack, i, surrogate(case)) if len(i) else i > 0)
+    if not len(case.standing):
+        return 0
+    attack = _climb(case, case.effort.steps, loss='margin')
+    return case.share(case.attack(attack, case.standing, surrogate(case)))
 
 # %% ../nbs/34_diagnosis.ipynb #34-048
 @check(_more_than_one, "more steps and restarts until nothing changes: size='thorough'")
@@ -629,7 +632,7 @@ def cross_check(
     "What speaks against the result of attacks within a ball: see `ATTACK_CHECKS`."
     require(isinstance(result, AttackResult), f'result must be of attacks, found {result!r}')
     require(result.x.shape == x.shape, f'result is of {len(result.x)} images, x of {len(x)}')
-    case = AttackCase(model, result, p, eps, bounds, seed, size)
-    if not len(case):
+    if not result.attacked.any():
         return []
+    case = AttackCase(model, result, p, eps, bounds, seed, size)
     return [found for judge in ATTACK_CHECKS if (found := judge(case)) is not None]
