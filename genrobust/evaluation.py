@@ -925,8 +925,10 @@ def _cross_check(subject, nearest, averages, robust):
 _ADVICE = {'random_answers': 'it is counted on resampled answers too: read these rows first'}
 
 
-def _as_part(cautions):
-    "As JSON can hold them, with other advice where it has been followed already"
+def _checked(subject, check):
+    "Cautions as JSON can hold them, with other advice where it has been followed already"
+    with seeded(derive_seed('checks', subject.seed), subject.x.device):
+        cautions = check()
     return dict(
         cautions=[[c.name, float(c.evidence), _ADVICE.get(c.name, c.advice)] for c in cautions]
     )
@@ -948,7 +950,7 @@ def _run(subject, parts, predictions, progress, say):
     "Checks, the plan, attacks, and checks of these: what an `Evaluation` consists of"
     s, inspected = subject, dict(bounds=subject.bounds, seed=subject.seed, size=subject.size)
     found = parts.do(
-        'inspect', lambda: _as_part(inspect_model(s.inspected, s.x, s.y, **inspected))
+        'inspect', lambda: _checked(s, partial(inspect_model, s.inspected, s.x, s.y, **inspected))
     )['cautions']
     is_usable = s.is_differentiable and not any('gradient' in name for name, *_ in found)
     white, average = _plan(s, is_usable)
@@ -962,7 +964,7 @@ def _run(subject, parts, predictions, progress, say):
         robust, scores = _robust(s, nearest, averages)
         parts.begin('checks')
         check = partial(_cross_check, s, nearest, averages, robust)
-        found += parts.do('check', lambda: _as_part(check()))['cautions']
+        found += parts.do('check', lambda: _checked(s, check))['cautions']
     clean = (predictions == s.y).double() if clean is None else clean
     return dict(
         clean=Rate.of(clean),
