@@ -1,0 +1,567 @@
+"Any model is evaluated by one call: the numbers are right, what was done is not done again, and what makes no sense is one error."
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_inputs import NEVER
+from test_models_of_all_kinds import images, make_net
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from genrobust import evaluation
+from genrobust.cli import main
+from genrobust.data import Images
+from genrobust.evaluation import RADII, SIZES, Evaluation, ensemble, evaluate, worst_case
+from genrobust.models import CNN, save_model
+
+NET = make_net()
+X = images(12)
+Y = NET(X).argmax(1)
+COUNTS = ['one-shot', 'majority vote', 'resubmission']
+
+
+@pytest.fixture
+def checks():
+    "Asked for by tests that run the checks"
+
+
+@pytest.fixture(autouse=True)
+def no_checks(request, monkeypatch):
+    "Others leave them out: they have tests of their own, and take most of the time"
+    if 'checks' not in request.fixturenames:
+        monkeypatch.setattr(evaluation, 'inspect_model', lambda *args, **kw: [])
+        monkeypatch.setattr(evaluation, 'cross_check', lambda *args, **kw: [])
+
+
+def quick(model, *data, **kw):
+    return evaluate(model, *data, **dict(dict(size='quick', progress=False), **kw))
+
+
+def rates(report, threat_model='white box'):
+    return report.robust[report.robust.threat_model == threat_model].rate.tolist()
+
+
+def same(one, other):
+    "Equal numbers, whatever the time they took"
+    assert one.clean == other.clean and one.warnings == other.warnings
+    assert one.robust.equals(other.robust) and one.passes == other.passes
+    assert (one.scores is None) == (other.scores is None)
+    assert one.scores is None or one.scores.equals(other.scores)
+    if one.result is not None:
+        for name, value in one.result.tensors().items():
+            assert torch.equal(value, other.result.tensors()[name]), name
+        assert torch.equal(one.distance, other.distance)
+    assert one.settings == other.settings
+
+
+# --- the number
+
+
+@pytest.mark.parametrize('p, dual', [(2, 2), (math.inf, 1)])
+def test_of_a_linear_model_the_robust_accuracy_is_exact(p, dual):
+    torch.manual_seed(0)
+    w, x = torch.randn(4, 20).double(), torch.rand(40, 20).double()
+    logits = x @ w.T
+    y = logits.argmax(1)
+    y[:4] = (y[:4] + 1) % 4  # misclassified
+    top = logits.argmax(1)
+    gap = logits.gather(1, top[:, None]) - logits
+    size = (w[top][:, None] - w[None]).norm(dual, dim=2)
+    exact = (gap / size).masked_fill(torch.nn.functional.one_hot(top, 4).bool(), torch.inf).amin(1)
+    exact[:4] = 0
+    ordered = exact.sort().values
+    eps = [(ordered[n : n + 2].mean() * 1).item() for n in (10, 20, 30)]
+    report = quick(lambda x: x @ w.T, x, y, p=p, eps=eps, bounds=(-10, 10))
+    assert report.clean.rate == 0.9 and report.clean.n == 40
+    assert rates(report) == [29 / 40, 19 / 40, 9 / 40]
+    assert report.robust.eps.tolist() == eps and (report.robust.n == 40).all()
+    assert (
+        (report.robust.low < report.robust.rate) & (report.robust.rate < report.robust.high)
+    ).all()
+    found = report.distance[4:] / exact[4:]
+    assert (report.distance[:4] == 0).all() and (0.999 < found).all() and (found < 1.02).all()
+    curve = report.curve
+    assert (
+        curve.rate.iloc[0] == 0.9
+        and curve.rate.iloc[-1] == 0
+        and curve.rate.is_monotonic_decreasing
+    )
+    names = report.result.settings['attacks']
+    won = report.result.found_by[report.result.success]
+    assert len(won) == 36 and (won >= 0).all() and len(names) >= won.max()
+
+
+@pytest.mark.parametrize('p', [2, math.inf])
+def test_it_is_never_above_the_worst_case_and_every_success_is_one(p):
+    report = quick(NET, X, Y, p=p)
+    assert report.robust.eps.tolist() == list(RADII[p])
+    for eps, rate in zip(report.robust.eps, rates(report)):
+        worst = worst_case(NET, X, Y, p=p, eps=eps, size='quick')
+        assert rate <= (worst.attacked & ~worst.success).double().mean()
+    r = report.result
+    assert torch.equal(r.success, NET(r.x_adv).argmax(1) != Y) and r.success.any()
+    size = r.perturbation.flatten(1).norm(p, dim=1)
+    assert torch.allclose(size[r.success].double(), report.distance[r.success], rtol=1e-5)
+    assert sorted(rates(report), reverse=True) == rates(report)
+    assert report.passes['backwards'] > 0 and report.seconds > 0
+
+
+def test_what_fell_at_a_small_radius_is_attacked_no_more(monkeypatch):
+    seen = []
+
+    def spying(model, x, y, *, eps, **kw):
+        seen.append((eps, len(x)))
+        return worst_case(model, x, y, eps=eps, **kw)
+
+    monkeypatch.setattr(evaluation, 'worst_case', spying)
+    report = quick(NET, X, Y, eps=(0.005, 0.02))
+    within = {eps: n for eps, n in seen if eps}
+    assert all(n == len(X) for eps, n in seen if eps is None)
+    standing = (report.distance > 0.02).sum()
+    assert 0 < standing <= within[0.02] < within[0.005] < len(X)
+
+
+def test_larger_sizes_do_more():
+    sizes = [evaluation._white_box_jobs(2, [0.5, 1], size) for size in SIZES]
+    assert len(sizes[0]) < len(sizes[1]) < len(sizes[2])
+    few = evaluation._white_box_jobs(2, [0.5, 1], 'standard', 900)
+    assert 2 < len(few) < len(sizes[1]) and {job.name for job in few} <= {
+        *ensemble(2, 1, 'standard')
+    }
+    by_steps = {job.name: job.steps for job in sizes[1]}
+    assert by_steps['APGD, 9 targets'] == 900 and by_steps['APGD, 50 steps'] == 50
+
+
+# --- models and images of all kinds
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
+class ResNet(nn.Module):
+    "As torchvision builds them, and small"
+
+    def __init__(self, classes=5):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 7, stride=4, padding=3)
+        self.blocks = nn.Sequential(Block(8), nn.MaxPool2d(2), Block(8))
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, x):
+        return 20 * self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Transformer(nn.Module):
+    "Patches, attention, and an answer with more than logits"
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(1, 16, 4, stride=4)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        hidden = self.encoder(self.embed(x).flatten(2).transpose(1, 2)).mean(1)
+        return dict(hidden=hidden, logits=10 * self.head(hidden))
+
+
+def foreign():
+    "Name, model and images"
+    torch.manual_seed(0)
+    weight = torch.randn(64, 3, generator=torch.Generator().manual_seed(3))
+    one = nn.Sequential(nn.Flatten(), nn.Linear(64, 1)).eval()
+    return dict(
+        resnet=(ResNet().eval(), torch.rand(10, 3, 32, 32)),
+        function=(lambda x: x.flatten(1) @ weight, X),
+        double=(make_net().double(), X),
+        one_logit=(one, X),
+        transformer=(Transformer().eval(), X),
+    )
+
+
+@pytest.mark.parametrize('name', foreign())
+@pytest.mark.parametrize('as_array', [False, True], ids=['tensor', 'array'])
+def test_foreign_models_need_no_code_beyond_the_call(name, as_array):
+    model, x = foreign()[name]
+    dtype = torch.float64 if name == 'double' else torch.float32
+    logits = model(x.to(dtype))
+    logits = logits['logits'] if isinstance(logits, dict) else logits
+    y = logits.argmax(1) if logits.shape[1] > 1 else (logits > 0).long().squeeze(1)
+    data = (x.numpy(), y.numpy()) if as_array else (x, y)
+    report = quick(model, *data, eps=(0.02, 0.5))
+    assert report.clean.rate == 1 and report.result.success.any() and report.result.x.dtype == dtype
+    assert rates(report)[1] < 1 and report.robust.threat_model.eq('white box').all()
+
+
+def test_images_come_in_many_forms():
+    report = quick(NET, X, Y)
+    several = [
+        Images(X, Y),
+        (X.numpy(), Y.numpy()),
+        TensorDataset(X, Y),
+        DataLoader(TensorDataset(X, Y), batch_size=5),
+        [(X[:7], Y[:7]), (X[7:], Y[7:])] + [(X[:0], Y[:0])],
+    ]
+    for data in several:
+        same(quick(NET, data), report)
+    first = quick(NET, TensorDataset(X, Y), images=7)
+    same(first, quick(NET, X[:7], Y[:7]))
+    assert first.clean.n == 7
+
+
+def test_bounds_may_be_others():
+    wide = quick(lambda x: NET((x + 1) / 2), 2 * X - 1, Y, bounds=(-1, 1))
+    assert wide.robust.eps.tolist() == [2 * r for r in RADII[math.inf]]
+    assert abs(wide.distance / 2 - quick(NET, X, Y).distance).max() < 1e-3
+
+
+def test_a_tree_ensemble_is_attacked_by_queries():
+    from sklearn.ensemble import RandomForestClassifier
+
+    x = X.flatten(1)
+    forest = RandomForestClassifier(5, random_state=0).fit(x.numpy(), Y.numpy())
+    n_classes = int(Y.max()) + 1
+
+    def model(x):
+        shares = np.zeros((len(x), n_classes))
+        shares[:, forest.classes_] = forest.predict_proba(x.flatten(1).numpy())
+        return torch.from_numpy(shares).to(x)
+
+    report = quick(model, X, Y, eps=0.3)
+    assert set(report.result.settings['attacks']) <= {'Square', 'HopSkipJump'}
+    assert report.passes['backwards'] == 0 and report.result.success.any()
+    assert rates(report)[0] < report.clean.rate
+
+
+def test_a_model_without_a_gradient_is_told_so_and_attacked_by_queries(checks):
+    report = quick(lambda x: NET(x).detach(), X[:6], Y[:6], eps=0.1)
+    assert 'no_gradient' in [caution.name for caution in report.warnings]
+    assert report.passes['backwards'] == 0 and report.result.success.any()
+    flat = quick(lambda x: (1e4 * NET(x)).tanh(), X[:6], Y[:6], eps=0.01)
+    assert any('gradient' in caution.name for caution in flat.warnings)
+    assert 'HopSkipJump' in flat.result.settings['attacks'] and flat.result.success.any()
+    assert quick(NET, X[:6], Y[:6], eps=0.02).warnings == []
+
+
+def test_a_model_in_training_mode_is_told_so_and_stays_as_it_is(checks):
+    layers = nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 3)
+    net = nn.Sequential(nn.BatchNorm2d(1), *layers).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    report = quick(net, X[:6], Y[:6], eps=0.1)
+    assert 'training_mode' in [caution.name for caution in report.warnings]
+    assert net.training and report.robust.threat_model.tolist() == COUNTS
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+# --- random models
+
+
+class Latent(nn.Module):
+    "A network with noise on its logits, which can be held fixed, one draw for all images"
+
+    def __init__(self, noise=1.0, seed=None):
+        super().__init__()
+        self.net, self.noise, self.seed = make_net(), noise, seed
+        self.eval()
+
+    def fixed(self, seed=0, n_samples=None):
+        return self if self.seed is not None else Latent(self.noise, seed)
+
+    def forward(self, x):
+        logits = self.net(x)
+        if self.seed is None:
+            return logits + self.noise * torch.randn(logits.shape)
+        generator = torch.Generator().manual_seed(self.seed)
+        return logits + self.noise * torch.randn(logits.shape[1], generator=generator)
+
+
+def test_a_random_model_is_counted_in_four_ways():
+    x = images(20)
+    y = NET(x).argmax(1)
+    report = quick(Latent(0.2), x, y, eps=(0.02, 0.1))
+    ways = ['deterministic white box', *COUNTS]
+    assert report.robust.threat_model.tolist() == 2 * ways
+    white, one_shot, majority, any_of = (rates(report, name) for name in ways)
+    for n in range(2):
+        assert any_of[n] <= min(one_shot[n], majority[n]) and white[n] < 1
+    assert any_of[0] < one_shot[0] < 1 and one_shot[1] < one_shot[0]
+    scores = report.scores
+    assert set(scores.eps) == {0.02, 0.1} and len(scores) == 40 and scores.share.between(0, 1).all()
+    assert (scores.worst >= scores.majority).all() and (scores.worst == (scores.share > 0)).all()
+    assert 0.5 < report.clean.rate < 1 and report.clean.n == 20
+    same(quick(Latent(0.2), x, y, eps=(0.02, 0.1)), report)
+
+
+def test_noise_that_cannot_be_held_fixed_leaves_three_ways():
+    def noisy(x):
+        return NET(x + 0.1 * torch.randn_like(x))
+
+    report = quick(noisy, X, Y, eps=0.1)
+    assert report.robust.threat_model.tolist() == COUNTS and report.result is None
+    assert len(report.curve) == 0 and rates(report, 'resubmission') <= rates(report, 'one-shot')
+    assert rates(report, 'one-shot')[0] < report.clean.rate
+    still = quick(lambda x: NET(x), X, Y, eps=0.1)
+    assert still.robust.threat_model.tolist() == ['white box']
+
+
+def test_averages_meet_a_part_of_the_images_and_say_so():
+    x = images(60)
+    report = quick(Latent(), x, NET(x).argmax(1), eps=0.05)
+    assert report.robust.n.tolist() == [60, 20, 20, 20]
+    chunks = report.scores.groupby('chunk').image.apply(list)
+    assert len(chunks) == 5 and chunks[1] == [12, 13, 14, 15]
+
+
+# --- folders
+
+
+SCRIPT = """
+import sys, time
+import torch
+from genrobust import evaluation
+from test_evaluate import X, Y, Latent as Quick, quick
+
+evaluation.inspect_model = evaluation.cross_check = lambda *args, **kw: []
+
+class Latent(Quick):
+    def forward(self, x):
+        time.sleep(0.02)
+        return super().forward(x)
+
+    def fixed(self, seed=0, n_samples=None):
+        return self if self.seed is not None else Latent(self.noise, seed)
+
+quick(Latent(0.3), X, Y, eps=0.02, folder=sys.argv[1])
+"""
+
+
+def test_a_killed_run_goes_on_to_equal_numbers(tmp_path):
+    folder, parts = tmp_path / 'killed', tmp_path / 'killed' / 'parts'
+    tests = Path(__file__).resolve().parent
+    paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get('PYTHONPATH', '')])
+    env = dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS='1')
+    process = subprocess.Popen([sys.executable, '-c', SCRIPT, str(folder)], env=env)
+    while len(list(parts.glob('attack*.safetensors'))) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with pytest.raises(ValueError, match='no finished evaluation'):
+        Evaluation.load(folder)
+    done = {path: path.stat().st_mtime_ns for path in parts.glob('*.safetensors')}
+    report = quick(Latent(0.3), X, Y, eps=0.02, folder=folder)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert len(list(parts.iterdir())) > len(done)
+    same(report, quick(Latent(0.3), X, Y, eps=0.02))
+    same(Evaluation.load(folder), report)
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    for n, model in enumerate((NET, Latent(), lambda x: NET(x + torch.randn_like(x)))):
+        report = quick(model, X, Y, eps=0.1)
+        report.save(tmp_path / str(n))
+        loaded = Evaluation.load(tmp_path / str(n))
+        same(loaded, report)
+        assert repr(loaded) == repr(report) and loaded._repr_html_() == report._repr_html_()
+        assert loaded.curve.equals(report.curve)
+
+
+def test_a_finished_folder_is_not_attacked_again(tmp_path, monkeypatch):
+    report = quick(NET, X, Y, folder=tmp_path)
+    monkeypatch.setattr(evaluation, 'worst_case', NEVER)
+    same(quick(NET, X, Y, folder=tmp_path), report)
+
+
+def test_a_folder_of_another_evaluation_is_refused(tmp_path):
+    quick(NET, X, Y, folder=tmp_path)
+    before = (tmp_path / 'evaluation.json').read_bytes()
+    others = [
+        (dict(model=make_net(5.0)), 'weights'),
+        (dict(x=X.flip(0), y=Y.flip(0)), 'images'),
+        (dict(y=(Y + 1) % 4), 'images'),
+        (dict(eps=0.3), 'eps'),
+        (dict(seed=1), 'seed'),
+        (dict(size='standard'), 'size'),
+        (dict(p=2), 'p'),
+        (dict(bounds=(-1, 2)), 'bounds'),
+        (dict(model=lambda x: NET(x)), 'model'),
+        (dict(images=5), 'images'),
+    ]
+    for own, what in others:
+        given = dict(model=NET, x=X, y=Y) | own
+        model, x, y = (given.pop(name) for name in ('model', 'x', 'y'))
+        with pytest.raises(ValueError, match=f'belongs to another evaluation.*{what}'):
+            quick(model, x, y, folder=tmp_path, **given)
+    assert (tmp_path / 'evaluation.json').read_bytes() == before
+
+
+def test_files_that_are_broken_are_one_error(tmp_path):
+    quick(NET, X, Y, folder=tmp_path)
+    part = next((tmp_path / 'parts').iterdir())
+    part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(ValueError, match='corrupt or truncated'):
+        quick(NET, X, Y, folder=tmp_path)
+    for name, content in (('evaluation.json', '{"clean": 3}'), ('settings.json', '[')):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match='holds no evaluation'):
+        Evaluation.load(tmp_path)
+    with pytest.raises(ValueError, match='settings.json is corrupt'):
+        quick(NET, X, Y, folder=tmp_path)
+    with pytest.raises(ValueError, match='no finished evaluation'):
+        Evaluation.load(tmp_path / 'none')
+    with pytest.raises(ValueError, match='is a file'):
+        quick(NET, X, Y, folder=tmp_path / 'settings.json')
+
+
+# --- what it says
+
+
+def test_a_report_says_what_it_is_as_text_and_as_html():
+    report = quick(NET, X, Y)
+    text, html = repr(report), report._repr_html_()
+    for shown in (text, html):
+        assert 'pper bound' in shown and 'l-infinity' in shown and 'No warning' in shown
+        assert str(report.clean) in shown and '(n = 12)' in shown and 'nearest by' in shown
+    for row in report.robust.itertuples():
+        assert f'{row.rate:.1%} [{row.low:.1%}, {row.high:.1%}]' in text
+    caution = evaluation.Caution('black_box<b>', 0.25, 'do <this>')
+    report.warnings.append(caution)
+    assert (
+        'black_box<b> (0.25): do <this>' in repr(report) and '&lt;this&gt;' in report._repr_html_()
+    )
+
+
+def test_a_plot_shows_the_curve_and_the_rates():
+    report = quick(Latent(), X, Y, eps=(0.02, 0.1))
+    ax = report.plot()
+    assert 'at most' in ax.get_ylabel() and len(ax.get_legend().get_texts()) == 5
+
+
+def test_the_plan_is_said_before_it_starts(capsys):
+    said = []
+    evaluate(NET, X, Y, size='quick', progress=False, say=said.append)
+    assert '12 images' in said[0] and 'DeepFool' in said[1] and said[2].startswith('about')
+    assert capsys.readouterr() == ('', '')
+    evaluate(NET, X, Y, size='quick')
+    out, err = capsys.readouterr()
+    assert said[1] in out and '100%' in err and 'left' in err
+
+
+# --- bad input
+
+
+BAD = [
+    (dict(p=1), 'p must be 2 or inf'),
+    (dict(p='inf'), 'p must be'),
+    (dict(eps=0), 'eps must be'),
+    (dict(eps=(0.1, -1)), 'eps must be'),
+    (dict(eps=math.nan), 'eps must be'),
+    (dict(eps=()), 'eps must be'),
+    (dict(eps='0.1'), 'eps must be'),
+    (dict(size='huge'), 'size must be'),
+    (dict(bounds=(1, 0)), 'bounds must be'),
+    (dict(seed=-1), 'seed must be'),
+    (dict(draws=0), 'draws must be'),
+    (dict(batch_size=0), 'batch_size must be'),
+    (dict(images=0), 'images must be'),
+    (dict(y=None), 'y must be the labels'),
+    (dict(y=Y[:3]), 'y must be integers'),
+    (dict(y=Y.float()), 'y must be integers'),
+    (dict(x=X[:0], y=Y[:0]), 'x holds no image'),
+    (dict(x=X + 1), 'within bounds'),
+    (dict(x=X * math.nan), 'x'),
+    (dict(x=(255 * X).byte()), 'x / 255'),
+    (dict(x='images', y=None), 'x must be images'),
+    (dict(x=[X, X, X], y=None), 'must be a pair'),
+    (dict(x=[], y=None), 'no images'),
+    (dict(model=3), 'model must be'),
+]
+
+
+@pytest.mark.parametrize('own, match', BAD, ids=map(str, range(len(BAD))))
+def test_bad_input_is_one_error_before_the_model_is_asked(own, match):
+    given = dict(model=NEVER, x=X, y=Y) | own
+    model, x, y = (given.pop(name) for name in ('model', 'x', 'y'))
+    with pytest.raises(ValueError, match=match):
+        quick(model, x, y, **given)
+
+
+def test_models_that_answer_nonsense_are_one_error():
+    for model, match in [
+        (lambda x: x, 'must return float logits'),
+        (lambda x: None, 'must return float logits'),
+        (lambda x: NET(x) * math.nan, 'NaN or infinite'),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3, 3)).eval(), 'cannot take images'),
+        (lambda x: dict(a=NET(x), b=x), 'logits_of'),
+        (lambda x: NET(x)[:, :2], 'y must lie'),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            quick(model, X, Y)
+    report = quick(lambda x: dict(a=NET(x), b=x), X, Y, logits_of=lambda out: out['a'])
+    assert report.robust.equals(quick(NET, X, Y).robust)
+
+
+# --- the command
+
+
+def command(capsys, *args):
+    status = main(['evaluate', *map(str, args), '--no-progress', '--device', 'cpu'])
+    return status, *capsys.readouterr()
+
+
+def test_the_command_evaluates_what_a_file_makes(tmp_path, capsys):
+    source = 'from test_models_of_all_kinds import make_net\nnet, number = make_net(), 3'
+    (tmp_path / 'net.py').write_text(source)
+    np.savez(tmp_path / 'mine.npz', x=X.numpy(), y=Y.numpy())
+    net, npz, folder = tmp_path / 'net.py', tmp_path / 'mine.npz', tmp_path / 'out'
+    broken = tmp_path / 'broken.py'
+    broken.write_text('net = (')
+    common = '--images', npz, '--size', 'quick'
+    status, out, err = command(
+        capsys, f'{net}:net', *common, '--eps', 0.05, 0.1, '--folder', folder
+    )
+    report = quick(NET, X, Y, eps=(0.05, 0.1))
+    assert status == 0 and not err and str(report.clean) in out and 'white box' in out
+    assert Evaluation.load(folder).robust.equals(report.robust)
+    for args, match in [
+        ([f'{net}:other', *common], 'it is not there'),
+        ([f'{net}:number', *common], 'must be a module'),
+        ([f'{tmp_path}/none.py:net', *common], 'no file'),
+        ([f'{npz}:net', *common], 'no .py file'),
+        ([f'{broken}:net', *common], 'cannot be run: SyntaxError'),
+        ([f'{net}:net', '--images', tmp_path / 'none.npz'], 'no file'),
+        ([f'{net}:net', '--images', net], 'no .npz file'),
+        ([f'{net}:net', *common, '--eps', 0.3, '--folder', folder], 'belongs to another'),
+        ([f'{net}:net', *common, '--bounds', 0, 0.5], 'within bounds'),
+        ([f'{net}:net', *common, '--p', 1], 'p must be'),
+        (['gpt', *common], 'no pretrained model'),
+        (['cnn', '--images', 0], 'at least 1'),
+    ]:
+        status, out, err = command(capsys, *args)
+        assert status == 2 and match in err and len(err.strip().splitlines()) == 1, (args, err)
+
+
+def test_the_command_evaluates_saved_weights_on_test_images(tmp_path, capsys, drawn, monkeypatch):
+    monkeypatch.setattr('genrobust.cli.load', lambda *args: drawn)
+    save_model(CNN(hidden=10).eval(), tmp_path / 'm.safetensors')
+    args = tmp_path / 'm.safetensors', '--data', 'synthetic', '--images', 4, '--size', 'quick'
+    status, out, err = command(capsys, *args, '--p', 2, '--eps', 0.5)
+    assert status == 0 and not err and 'the first 4 test images of synthetic' in out
+    assert 'dry run' in out and 'l2' in out
