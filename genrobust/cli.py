@@ -597,7 +597,7 @@ def _common():
     progress.help = 'show progress bars (default: on a terminal)'
     return common
 
-
+# %% ../nbs/27_cli.ipynb #27-020b
 def _parser():
     about = 'Are generative classifiers more robust to adversarial attacks?'
     parser = _Parser('genrobust', description=about)

@@ -67,7 +67,7 @@ def test_outputs_are_fit_to_be_shown(path):
         str(Path.home()) + '/',
         str(ROOT),
         '/tmp/',
-        'Warning',
+        'Warning: ',
         'Traceback',
         'synthetic images are used',
     ):
