@@ -38,7 +38,7 @@
   const margin = (logits, label) => logits[label] - Math.max(...logits.filter((_, c) => c !== label));
 
   // ---- what is chosen, in the controls and in the address
-  const defaults = () => ({image: 0, model: 'gfz', norm: 'l2', size: 6, latents: 'attacker', a: 24, b: 16});
+  const defaults = () => ({image: Math.min(9, data.images.length - 1), model: 'gfz', norm: 'l2', size: 6, latents: 'attacker', a: 24, b: 16});
   function readAddress() {
     const given = new URLSearchParams(location.hash.slice(1)), s = defaults(), shown = data.settings.shown - 1;
     const whole = {image: data.images.length - 1, size: data.settings.l2.length - 1, a: shown, b: shown};

@@ -52,6 +52,7 @@ def readme():
     text, resources = MarkdownExporter().from_notebook_node(
         nb, dict(output_files_dir='results/readme', unique_key='figure')
     )
+    text = re.sub(r'(\]\([^)]+\))\{[^}]*\}', r'\1', text)  # classes of links, buttons say
     text = re.sub(
         r'\]\((\w+\.ipynb)(#\w+)?\)', r'](nbs/\1\2)', text
     )  # pages of the site are files in nbs/

@@ -146,7 +146,9 @@ def test_verdicts_of_detectors_follow_from_the_logits(name, clfs):
     assert set(about['detectors']) == ({'logit', 'marginal', 'kl'} if about['density'] else {'kl'})
     for kind, found in about['detectors'].items():
         scores = scored(clfs[name], kind, found, logits).double()
-        assert torch.allclose(scores, torch.tensor(found['scores']) / 1000, rtol=1e-2, atol=5e-3)
+        assert torch.allclose(
+            scores, torch.tensor(found['scores']).double() / 1000, rtol=1e-2, atol=5e-3
+        )
         clean = of(found['scores'], 1e-3)[:, :, 0] > found['threshold']
         assert clean.float().mean() < 0.3
 
