@@ -264,7 +264,7 @@ def test_the_page_can_be_used_by_mouse_and_by_keyboard(browser, address, width):
         assert page.evaluate('document.documentElement.scrollWidth') <= width
         for image, name, norm in ((2, 'cnn', 'linf'), (9, 'gfz', 'l2')):
             page.click(f'label[for=try-model-{name}]')
-            page.click(f'label[for=try-image-{image}]')
+            page.click(f'#try-image-{image}')
             page.click(f'label[for=try-norm-{norm}]')
             page.focus('#try-size')
             page.keyboard.press('End')
