@@ -257,6 +257,14 @@ def test_the_site_is_processed_and_its_links_lead_somewhere():
         assert list(pages.glob(pattern)), pattern
 
 
+@pytest.mark.parametrize('name', MODULES)
+def test_the_api_reference_lists_every_public_name(name):
+    "Where this fails, run: python tests/notebooks.py fast api"
+    text = ''.join(texts_of(ROOT / 'nbs/api.ipynb')).replace('\\', '')
+    public = getattr(importlib.import_module(f'genrobust.{name}'), '__all__', [])
+    assert not [value for value in public if f'- [{value}](' not in text]
+
+
 FENCE = re.compile('^```.*?^```', re.M | re.S)
 
 
