@@ -75,9 +75,11 @@ sync: .venv/ready ## Check that notebooks are clean and modules are exported
 notebooks-test: .venv/ready ## Run the fast cells of all notebooks
 	OMP_NUM_THREADS=1 MPLBACKEND=agg nbdev_test --timing
 
-wheel: .venv/ready ## Build the wheel, and run the README's example and one attack from it in an empty environment
+VERSION := $(shell sed -n 's/^version = //p' settings.ini)
+wheel: .venv/ready ## Build sdist and wheel, and run the README's example and one attack from the wheel in an empty environment
+	@case "$$GITHUB_REF" in refs/tags/v*) test "$$GITHUB_REF" = refs/tags/v$(VERSION) || { echo "The tag is not v$(VERSION), the version in settings.ini"; exit 1; };; esac
 	rm -rf build dist
-	python -m build -q --wheel
+	python -m build -q
 	bash tests/wheel.sh
 
 slow: .venv/ready ## Run all notebooks, slow cells too, and save their outputs; slow cells write to results/
@@ -91,5 +93,6 @@ readme: .venv/ready ## Print nbs/index.ipynb to README.md
 
 docs: .venv/ready ## Render the site to _docs/, with Quarto
 	nbdev_proc_nbs
+	python tests/notebooks.py fences
 	@if ! command -v quarto > /dev/null; then echo 'The pages are processed in _proc/. To render them install Quarto (https://quarto.org/docs/get-started/) and run this again.'; exit 1; fi
 	cd _proc && quarto render --no-cache && rm -rf ../_docs && mv _docs ..

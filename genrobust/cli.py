@@ -45,6 +45,7 @@ from genrobust.models import (
 from .referee import CONTESTANTS, MODELS, referee
 from .results import ATTACKS, PRESETS, Preset, reproduce, tables, wilson
 from .training import fit, processes
+from .try_it import write_try_it
 
 # %% ../nbs/27_cli.ipynb #27-008
 def _options(parser, function, *, without=()):
@@ -635,6 +636,18 @@ def _add_bench(commands, common):
     old = parser.add_argument('--contests', dest='benchmarks', action=_Renamed)
     old.default = old.help = argparse.SUPPRESS
 
+# %% ../nbs/27_cli.ipynb #27-018k
+def _try_it(args):
+    given = {k: v for k, v in vars(args).items() if k != 'run'}
+    _say(f'Written to {_line(write_try_it(**given, say=_say))}')
+
+
+def _add_try_it(commands, common):
+    about = 'make the data of the page Try it'
+    parser = commands.add_parser('try-it', help=about, description=write_try_it.__doc__)
+    parser.set_defaults(run=_try_it)
+    _options(parser, write_try_it)
+
 # %% ../nbs/27_cli.ipynb #27-020
 class _Parser(argparse.ArgumentParser):
     "Takes no abbreviations, and raises a `ValueError` where argparse would print its usage"
@@ -667,15 +680,21 @@ def _common():
     progress.help = 'show progress bars (default: on a terminal)'
     return common
 
-
+# %% ../nbs/27_cli.ipynb #27-020b
 def _parser():
     about = 'Are generative classifiers more robust to adversarial attacks?'
     parser = _Parser('genrobust', description=about)
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     commands, common = parser.add_subparsers(required=True, metavar='COMMAND'), _common()
-    for add in (_add_train, _add_attack, _add_detect, _add_evaluate):
-        add(commands, common)
-    for add in (_add_reproduce, _add_bench):
+    for add in (
+        _add_train,
+        _add_attack,
+        _add_detect,
+        _add_evaluate,
+        _add_reproduce,
+        _add_bench,
+        _add_try_it,
+    ):
         add(commands, common)
     return parser
 

@@ -35,7 +35,7 @@ from .numerics import check_seed, device_of, in_parts, no_tf32, seeded
 
 # %% ../nbs/01_models.ipynb #01-008
 class Factorisation(NamedTuple):
-    "What each factor of p(x,y,z) is conditioned on: names of variables, or '' for none."
+    "What each factor of p(x,y,z) is conditioned on: names of variables, or `''` for none."
 
     z: str  # p(z|.); '': N(0,I)
     x: str | None  # p(x|.); None: the data's own p_D(x), the same for every class, dropped

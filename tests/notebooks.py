@@ -1,4 +1,4 @@
-"Run notebooks and save what they show, or print the index as README.md: `python tests/notebooks.py fast|slow [NAME...]`, or `readme`."
+"Run notebooks and save what they show: `python tests/notebooks.py fast|slow [NAME...]`; print the index as README.md: `readme`; or take links out of the code of the processed pages: `fences`."
 
 import os
 import re
@@ -27,7 +27,7 @@ def execute(*names, slow):
         if names and path.stem not in names:
             continue
         print(path.name, flush=True)
-        nb, shell = read_nb(path), CaptureShell(path, mpl_format='png')
+        nb, shell = read_nb(path), CaptureShell(path, mpl_format='retina')
         for cell in nb.cells:
             if cell.cell_type != 'code' or 'slow' in directives(cell) and not slow:
                 continue
@@ -52,6 +52,7 @@ def readme():
     text, resources = MarkdownExporter().from_notebook_node(
         nb, dict(output_files_dir='results/readme', unique_key='figure')
     )
+    text = re.sub(r'(\]\([^)]+\))\{[^}]*\}', r'\1', text)  # classes of links, buttons say
     text = re.sub(
         r'\]\((\w+\.ipynb)(#\w+)?\)', r'](nbs/\1\2)', text
     )  # pages of the site are files in nbs/
@@ -73,6 +74,31 @@ def write_readme():
         (ROOT / name).write_bytes(content)
 
 
+def unlink(text):
+    "Markdown without the links that nbdev writes into fenced code, where they are shown as they are"
+    fences = re.compile('^```.*?^```', re.M | re.S)
+    link = re.compile(r'\[(`[^`\n]+`)\]\(https?://[^)\n]+\)')
+    return fences.sub(lambda fence: link.sub(r'\1', fence[0]), text)
+
+
+def plain_fences():
+    "Take the links out of the signatures in `_proc/`."
+    for path in sorted((ROOT / '_proc').glob('*.ipynb')):
+        nb = nbformat.read(path, as_version=4)
+        for cell in nb.cells:
+            if cell.cell_type == 'markdown':
+                cell.source = unlink(cell.source)
+            for output in cell.get('outputs', []):
+                if 'text/markdown' in output.get('data', {}):
+                    output.data['text/markdown'] = unlink(output.data['text/markdown'])
+        nbformat.write(nb, path)
+
+
 if __name__ == '__main__':
     command, *names = sys.argv[1:]
-    write_readme() if command == 'readme' else execute(*names, slow=command == 'slow')
+    if command == 'readme':
+        write_readme()
+    elif command == 'fences':
+        plain_fences()
+    else:
+        execute(*names, slow=command == 'slow')

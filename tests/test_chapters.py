@@ -10,7 +10,7 @@ import pytest
 from notebooks import directives
 
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = ['glossary', 'how_it_is_built', 'index', 'references']
+REFERENCE = ['api', 'glossary', 'how_it_is_built', 'index', 'references', 'try_it']
 CHAPTERS = [p for p in sorted((ROOT / 'nbs').glob('*.ipynb')) if p.stem not in REFERENCE]
 MODULES = [
     p

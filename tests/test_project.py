@@ -18,7 +18,7 @@ import nbformat
 import pytest
 import torch
 import yaml
-from notebooks import directives, readme
+from notebooks import directives, plain_fences, readme, unlink
 
 import genrobust
 from genrobust import cli
@@ -67,7 +67,7 @@ def test_outputs_are_fit_to_be_shown(path):
         str(Path.home()) + '/',
         str(ROOT),
         '/tmp/',
-        'Warning',
+        'Warning: ',
         'Traceback',
         'synthetic images are used',
     ):
@@ -185,13 +185,13 @@ def test_no_fast_cell_reads_what_a_slow_one_bound(path):
 
 def test_sidebar_lists_every_page_once_in_order():
     site = yaml.safe_load((ROOT / '_quarto.yml').read_text())
-    first, *sections = site['website']['sidebar']['contents']
+    first, second, *sections = site['website']['sidebar']['contents']
     listed = [page for section in sections for page in section['contents']]
-    others = ['how_it_is_built.ipynb', 'glossary.ipynb', 'references.ipynb']
-    assert first == 'index.ipynb' and listed[-3:] == others
+    others = ['api.ipynb', 'how_it_is_built.ipynb', 'glossary.ipynb', 'references.ipynb']
+    assert [first, second] == ['index.ipynb', 'try_it.ipynb'] and listed[-4:] == others
     for section in sections[:-1]:
         assert section['contents'] == sorted(section['contents'])
-    assert sorted([first, *listed]) == sorted(p.name for p in NOTEBOOKS)
+    assert sorted([first, second, *listed]) == sorted(p.name for p in NOTEBOOKS)
     assert yaml.safe_load((ROOT / 'nbs/_quarto.yml').read_text()) == {
         'metadata-files': ['../_quarto.yml', 'nbdev.yml']
     }
@@ -219,6 +219,7 @@ def test_the_site_is_processed_and_its_links_lead_somewhere():
         capture_output=True,
         env=dict(os.environ, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'),
     )
+    plain_fences()  # as `make docs` does
     pages, site = ROOT / '_proc', f'{SETTINGS["doc_host"]}{SETTINGS["doc_baseurl"]}/'
     rendered = {re.sub(r'^[0-9]+_', '', p.stem) + '.html': p.name for p in NOTEBOOKS}
     assert {p.name for p in pages.glob('*.ipynb')} == {p.name for p in NOTEBOOKS}
@@ -244,6 +245,107 @@ def test_the_site_is_processed_and_its_links_lead_somewhere():
             if c.cell_type == 'code'
             for o in c.outputs
         )
+        for text in texts_of(path):
+            assert not [f for f in FENCE.findall(text) if '](http' in f], (path.name, text[:200])
+    links = re.findall(r'\]\((\w+\.ipynb)#?([^)]*)\)', ''.join(texts_of(pages / 'api.ipynb')))
+    assert len(links) > 250
+    found = {page: anchors(pages / page) for page in {page for page, _ in links}}
+    missing = [(page, anchor) for page, anchor in links if anchor and anchor not in found[page]]
+    assert not missing, missing
+    resources = yaml.safe_load((ROOT / '_quarto.yml').read_text())['project']['resources']
+    for pattern in [*resources, 'styles.css', 'fonts.scss', 'favicon.svg']:
+        assert list(pages.glob(pattern)), pattern
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_the_api_reference_lists_every_public_name(name):
+    "Where this fails, run: python tests/notebooks.py fast api"
+    text = ''.join(texts_of(ROOT / 'nbs/api.ipynb')).replace('\\', '')
+    public = getattr(importlib.import_module(f'genrobust.{name}'), '__all__', [])
+    assert not [value for value in public if f'- [{value}](' not in text]
+
+
+FENCE = re.compile('^```.*?^```', re.M | re.S)
+
+
+def texts_of(path):
+    "What a page shows as Markdown: cells and outputs"
+    for cell in cells(path):
+        if cell.cell_type == 'markdown':
+            yield cell.source
+        for output in cell.get('outputs', []):
+            yield output.get('data', {}).get('text/markdown', '')
+
+
+def test_signatures_show_no_links():
+    text = '```python\ndef f(x): # As [`g`](https://x.org/g)\n```\n[`g`](https://x.org/g)'
+    assert unlink(text) == '```python\ndef f(x): # As `g`\n```\n[`g`](https://x.org/g)'
+
+
+def test_the_site_reads_well():
+    "Folded code, a way on, sharp figures to enlarge, tables as wide as they need, and the navbar"
+    site = yaml.safe_load((ROOT / '_quarto.yml').read_text())
+    html, website = site['format']['html'], site['website']
+    expected = {'code-fold': True, 'code-tools': True, 'lightbox': 'auto', 'tbl-colwidths': False}
+    assert expected.items() <= html.items() and html['html-math-method'] == 'mathml'
+    assert html['citation']['title'] == yaml.safe_load((ROOT / 'CITATION.cff').read_text())['title']
+    assert website['page-navigation'] is True and website['page-footer']['left']
+    assert (ROOT / 'nbs' / website['favicon']).exists()
+    navbar = [*website['navbar']['left'], *website['navbar']['right']]
+    assert [i['text'] for i in navbar] == ['Home', 'Results', 'Claims', 'Try it', 'API', 'GitHub']
+    for item in navbar[:-1]:
+        assert (ROOT / 'nbs' / item['href']).exists()
+    for theme in html['theme'].values():
+        assert theme[-1] == 'fonts.scss'
+    assert '$web-font-path: false' in (ROOT / 'nbs/fonts.scss').read_text()
+
+
+def test_styles_wrap_what_is_printed_and_let_formulas_scroll():
+    css = re.sub(r'/\*.*?\*/', '', (ROOT / 'nbs/styles.css').read_text(), flags=re.S)
+    rules = {
+        selector.strip(): rule
+        for selectors, rule in re.findall(r'([^{}]+)\{([^}]*)\}', css)
+        for selector in selectors.split(',')
+    }
+    assert 'white-space: pre-wrap' in rules['.cell-output pre']
+    for rule in ('overflow-x: auto', 'max-width: 100%'):
+        assert rule in rules['math[display=block]']
+    assert len(css) < 3000 and 'http' not in css
+
+
+# Chapters in which pandas still prints a table
+FRAMES = {'03_attacks', '04_fgsm', '06_carlini_wagner', '07_zoo', '08_score_based'}
+FRAMES |= {'09_decision_based', '17_worst_case'}
+
+
+@every_notebook
+def test_tables_are_printed_by_one_function(path):
+    "No data frame as HTML or as text: what pandas prints is cut off, and loads scripts from elsewhere"
+    if path.stem in FRAMES:
+        pytest.skip('pandas prints a table here')
+    for cell in cells(path):
+        for output in cell.get('outputs', []):
+            html, plain = (
+                output.get('data', {}).get(f'text/{kind}', '') for kind in ('html', 'plain')
+            )
+            assert '<table' not in html and 'dataframe' not in html, cell.id
+            assert not (plain.startswith('  ') and '\n' in plain), (cell.id, plain)
+            printed = re.search(
+                r'^ {2,}\S.*\n(?:\d+ {2,}\S.*\n)+', f'{output.get("text", "")}\n', re.M
+            )
+            is_example = 'head()' in cell.source and path.stem == 'index'  # a reader's own console
+            assert is_example or not printed, (cell.id, printed[0])
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_docstrings_keep_their_signs(name):
+    "Markdown takes no `*` of a formula for emphasis, and `''` for no quotation mark"
+    for node in ast.walk(
+        ast.parse(Path(importlib.import_module(f'genrobust.{name}').__file__).read_text())
+    ):
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith('_'):
+            text = re.sub('`[^`]*`', '', ast.get_docstring(node) or '')
+            assert not re.search(r"\w\*\w|''", text), (node.name, text)
 
 
 def test_workflows_are_valid_and_call_what_a_person_calls():
@@ -268,9 +370,14 @@ def test_workflows_are_valid_and_call_what_a_person_calls():
     }
     commands = [step['run'] for job in jobs.values() for step in job['steps'] if 'run' in step]
     targets = re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.M)
-    assert sorted(commands) == ['make docs', 'make test'] and all(
+    assert sorted(commands) == ['make docs', 'make test', 'make wheel'] and all(
         c.split()[1] in targets for c in commands
     )
+    steps = jobs['publish']['steps']
+    assert any(step['uses'].startswith('pypa/gh-action-pypi-publish@') for step in steps)
+    assert jobs['publish']['permissions'] == {'id-token': 'write'} and jobs['publish']['needs']
+    publish = yaml.safe_load((ROOT / '.github/workflows/publish.yml').read_text())
+    assert publish[True] == {'push': {'tags': ['v*']}}  # `on` is a truth value in YAML 1.1
     python = jobs['test']['strategy']['matrix']['python']
     assert (
         python[0] == SETTINGS['min_python']

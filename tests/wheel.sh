@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
-# Install the built wheel into an empty environment, and there run the README's example and attack a pretrained model.
+# See that sdist and wheel hold the whole package; install the wheel into an empty environment, and there run the README's example and attack a pretrained model.
 set -euo pipefail
 wheel=$(realpath dist/*.whl) readme=$(realpath README.md)
+python3 - "$wheel" dist/*.tar.gz <<'PYTHON'
+import subprocess, sys, tarfile, zipfile
+package = set(subprocess.check_output(['git', 'ls-files', 'genrobust'], text=True).split())
+wheel = set(zipfile.ZipFile(sys.argv[1]).namelist())
+sdist = {name.partition('/')[2] for name in tarfile.open(sys.argv[2]).getnames()}
+missing = (package - wheel) | (package | {'settings.ini', 'setup.py', 'README.md', 'LICENSE'}) - sdist
+assert package and not missing, f'missing from the wheel or the sdist: {sorted(missing)}'
+PYTHON
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
