@@ -244,7 +244,7 @@ def saturation(case: ModelCase) -> float:
 @torch.no_grad()
 def probabilities(case: ModelCase) -> float:
     "Share of images whose answers are probabilities: none is negative, and they sum to 1"
-    answer = case.model(case.x.clone())
+    answer = case.view(case.x.clone())
     if answer.ndim == 1 or answer.shape[1] == 1:  # one logit: that of class 1 above 0
         is_one = (answer.min() >= 0) & (answer.max() <= 1) & (case.labels == 0).any()
         return is_one.double().item()
@@ -315,7 +315,7 @@ def _gradient_calls():
 def inner_optimisation(case: ModelCase) -> float:
     "How often the model asks for a gradient within one forward pass"
     with _gradient_calls() as calls, torch.enable_grad():
-        ask(case.model, case.x[:2])
+        ask(case.view, case.x[:2])
     return len(calls)
 
 # %% ../nbs/34_diagnosis.ipynb #34-030

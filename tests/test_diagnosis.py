@@ -218,7 +218,7 @@ def test_gradients_are_counted_however_they_are_asked_for(linear, splits):
     for model in (by_backward, by_function):
         assert names(inspect_model(model, x, y, size='quick')) == ['inner_optimisation']
     case = ModelCase(linear, x, y, size='quick')
-    case.model = nn.Linear(3, 3)
+    case.view = nn.Linear(3, 3)
     with pytest.raises(ValueError, match='cannot take images'):
         inner_optimisation(case)
     assert (torch.autograd.grad, torch.autograd.backward) == before
