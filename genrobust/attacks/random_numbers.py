@@ -93,7 +93,7 @@ def normal(
 
     return _draw(keys, shape, 2, values_of)
 
-
+# %% ../../nbs/35_random.ipynb #35-028s
 def signs(
     keys: Keys,  # Of any shape
     *shape: int,  # Of what each gets
