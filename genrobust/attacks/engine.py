@@ -306,7 +306,7 @@ class AttackState:
         return gradients.masked_fill(bad, 0)
 
     def random(self, draw: Callable, i: Tensor, *shape: int) -> Tensor:
-        "`draw(keys, *shape)` of each image, by default shaped like it: `uniform`, `normal`, `signs`."
+        "`draw(keys, *shape)` of each image, shaped like it by default; `draw` may be `uniform`."
         return draw(self.keys(i), *(shape or self.x.shape[1:])).to(self.x)
 
     def keys(self, i: Tensor, n: int | None = None) -> Keys:

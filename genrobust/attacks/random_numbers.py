@@ -86,14 +86,14 @@ def normal(
     "Normal, of mean 0 and variance 1 (Box and Muller, 1958)."
 
     def values_of(words):
-        share = (words >> 40).int().float().add_(2**23 + 0.5).mul_(2**-24)  # in (0, 1]
+        share = (words >> 40).int().float().add_(2**23 + 1).mul_(2**-24)  # in (0, 1]
         radius = share.log_().mul_(-2).sqrt_()
         angle = words.int().float().mul_(math.pi * 2**-31)
         return radius * angle.cos(), radius * angle.sin()
 
     return _draw(keys, shape, 2, values_of)
 
-
+# %% ../../nbs/35_random.ipynb #35-028s
 def signs(
     keys: Keys,  # Of any shape
     *shape: int,  # Of what each gets

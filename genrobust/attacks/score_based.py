@@ -168,7 +168,7 @@ def _hill_and_valley(h, w, like):
 
 # %% ../../nbs/08_score_based.ipynb #08-040a
 class _Hills:
-    "Points of the l2 ball: tiles, then hills and valleys that move the budget of two squares to one"
+    "Points of the l2 ball: tiles, then hills and valleys, to which the budget of squares moves"
 
     def __init__(self, state, ball):
         self.state, self.size, self.patterns = state, _size(state.x), {}
