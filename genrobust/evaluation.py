@@ -554,6 +554,16 @@ class _Averages:
         success = majority.bool() & ~wrong
         return i, AttackResult(x, x_adv, y, y, success, wrong, zero, zero)
 
+# %% ../nbs/19_evaluate.ipynb #19-060h
+def _html_table(frame):
+    "A data frame as plain HTML, without the styles and scripts that pandas brings"
+
+    def line(tag, values):
+        return '<tr>' + ''.join(f'<{tag}>{escape(str(v))}</{tag}>' for v in values) + '</tr>'
+
+    lines = [line('th', frame.columns), *[line('td', row) for row in frame.to_numpy()]]
+    return f'<table>{"".join(lines)}</table>'
+
 # %% ../nbs/19_evaluate.ipynb #19-066
 @dataclass(repr=False)
 class Evaluation:
@@ -624,7 +634,7 @@ class Evaluation:
         verdict = 'No warning.' if not warned else 'Cautions, with evidence:'
         parts = [
             f'<p>{escape(above)}</p><p>{escape(title)}</p>',
-            self.table().to_html(border=0, index=False),
+            _html_table(self.table()),
         ]
         parts += [f'<p>{verdict}</p>', f'<ul>{"".join(warned)}</ul>' if warned else '']
         return ''.join([*parts, f'<p>{escape("; ".join(below))}</p>'])

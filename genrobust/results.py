@@ -104,9 +104,14 @@ def _plain(value):
 
 def markdown_table(
     title: str,  # Set in bold above it
-    rows: list[dict],  # All with the same keys, the heads of the columns; shown as they are
+    # All with the same keys, the heads of the columns, shown as they are; or a data frame, whose
+    # index is shown where it has a name
+    rows: "list[dict] | 'pd.DataFrame'",
 ) -> str:
     "A table as Markdown text; a `ValueError` without rows."
+    if not isinstance(rows, list):
+        is_named = any(name is not None for name in rows.index.names)
+        rows = (rows.reset_index() if is_named else rows).astype(str).to_dict('records')
     if not rows:
         raise ValueError(f'{title}: no rows; check the names of models and attacks')
     lines = [[_plain(v) for v in line] for line in (rows[0], *(row.values() for row in rows))]

@@ -17,6 +17,7 @@ from genrobust.bench import (
     time_calls,
 )
 from genrobust.data import load
+from genrobust.evaluation import evaluate
 from genrobust.models import FACTORISATIONS, load_pretrained, save_model
 from genrobust.numerics import batch_for, seeded
 from genrobust.study import Preset, run
@@ -39,6 +40,15 @@ def test_methods_take_images_from_anywhere(name, home):
         for labels in (3, torch.arange(4), torch.arange(4).to(home)):
             assert clf.sample(labels, 2).shape[-1] == 28
     assert {v.device.type for v in found} == {home}
+
+
+@pytest.mark.parametrize('name', ['GFZ', 'CNN'])
+def test_an_evaluation(name):
+    "Attacks, checks and scores; labels are the model's own, so that there is something to attack"
+    clf, (x, _) = ready(classifier(name)), some(4, 'cpu')
+    y = clf.fixed(0)(x).argmax(1)
+    report = evaluate(clf, x, y, p=2, eps=0.5, size='quick', progress=False)
+    assert report.robust.rate.between(0, 1).all() and report.result.x.device.type == 'cpu'
 
 
 @pytest.mark.parametrize('name', NAMES)
