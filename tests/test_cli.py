@@ -226,10 +226,11 @@ def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, mon
 
 
 def test_detectors_judge_what_was_made_for_them(tmp_path):
+    torch.manual_seed(0)
     save_model(CNN().eval(), tmp_path / 'mine.safetensors')
     out = genrobust(
         'attack',
-        'random_noise',
+        'fgsm',
         '--model',
         tmp_path / 'mine.safetensors',
         '--data',
