@@ -597,7 +597,7 @@ class Evaluation:
 
     def table(self) -> "'pd.DataFrame'":
         "`robust` as text: a row for each radius, `eps`, and a column for each threat model."
-        texts = [f'{r.rate:.1%} [{r.low:.1%}, {r.high:.1%}]' for r in self.robust.itertuples()]
+        texts = [str(Rate(r.rate, r.low, r.high, r.n)) for r in self.robust.itertuples()]
         frame = self.robust.assign(text=texts, eps=self.robust.eps.map('{:g}'.format))
         heads = [f'{r.threat_model} (n = {r.n})' for r in self.robust.itertuples()]
         frame = frame.assign(threat_model=heads)
