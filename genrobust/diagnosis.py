@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SIZES', 'MODEL_CHECKS', 'ATTACK_CHECKS', 'Caution', 'Effort', 'check', 'Seeded', 'ModelCase', 'no_gradient',
            'zero_gradient', 'undefined_gradient', 'gradient_mismatch', 'saturation', 'probabilities', 'training_mode',
-           'random_answers', 'batch_dependence', 'inner_optimisation', 'image_bounds', 'normalisation', 'inspect_model',
-           'AttackCase', 'black_box_beats_white_box', 'surrogate', 'transfer_beats_white_box', 'more_steps_help',
-           'unbounded_attack_fails', 'fgsm_beats_pgd', 'Readout', 'binary_problem', 'binarisation', 'cross_check']
+           'answers_differ', 'random_answers', 'batch_dependence', 'inner_optimisation', 'image_bounds',
+           'normalisation', 'inspect_model', 'AttackCase', 'black_box_beats_white_box', 'surrogate',
+           'transfer_beats_white_box', 'more_steps_help', 'unbounded_attack_fails', 'fgsm_beats_pgd', 'Readout',
+           'binary_problem', 'binarisation', 'cross_check']
 
 # %% ../nbs/34_diagnosis.ipynb #34-005
 import math
@@ -24,7 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attacks.autodiff import ask, ask_in_parts, differentiable, gradient_of
+# %% ../nbs/34_diagnosis.ipynb #34-005b
+from genrobust.attacks.autodiff import (
+    NoGradientError,
+    ask,
+    ask_in_parts,
+    differentiable,
+    gradient_of,
+)
 from .attacks.decision_based import hop_skip_jump
 from .attacks.engine import device_of
 from .attacks.gradient import apgd, fgsm, pgd
@@ -166,10 +174,8 @@ class ModelCase:
             with differentiable():
                 found = gradient_of(objective, self.view, x, torch.arange(len(x), device=x.device))
             return found[1]
-        except ValueError as e:
-            if 'no gradient' in str(e):
-                return None
-            raise
+        except NoGradientError:
+            return None
 
     @cached_property
     def gradient(self) -> Tensor | None:
@@ -267,12 +273,21 @@ def _differ(one, other):
     return difference if difference > torch.finfo(one.dtype).eps ** 0.5 else 0.0
 
 
-@check(0, 'attack with draws=20, and count by rescore(result, model, draws=20)')
 @torch.no_grad()
+def answers_differ(
+    model: Callable,  # Images to logits
+    x: Tensor,  # Images `[N,...]`
+    seed: int = 0,  # Of torch's random numbers
+) -> float:  # In units of the largest logit; 0 within half of the digits of its type
+    "Largest difference between two answers to the same images."
+    with no_tf32(), seeded(derive_seed('answers', seed), x.device):
+        return _differ(*[ask_in_parts(model, x, 64) for _ in range(2)])
+
+
+@check(0, 'attack with draws=20, and count by rescore(result, model, draws=20)')
 def random_answers(case: ModelCase) -> float:
     "Largest difference between two answers to the same images, in units of the largest logit"
-    with no_tf32(), seeded(derive_seed('answers', case.seed), case.device):
-        return _differ(*[ask_in_parts(case.model, case.x, 64) for _ in range(2)])
+    return answers_differ(case.model, case.x, case.seed)
 
 # %% ../nbs/34_diagnosis.ipynb #34-022
 @check(0, 'attack with batch_size=1; use running statistics, not those of the batch')
@@ -388,10 +403,8 @@ def _run(attack, model, x, y, **how):
         with warnings.catch_warnings():  # gradients that are not finite have a check of their own
             warnings.simplefilter('ignore', RuntimeWarning)
             return attack(model, x, y, **how)
-    except ValueError as e:
-        if 'no gradient' in str(e):
-            return None
-        raise
+    except NoGradientError:
+        return None
 
 # %% ../nbs/34_diagnosis.ipynb #34-040
 class AttackCase(ModelCase):

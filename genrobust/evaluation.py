@@ -16,7 +16,6 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from html import escape
-from inspect import signature
 from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # %% ../nbs/19_evaluate.ipynb #19-005b
-from .attacks.autodiff import ask, ask_in_parts, differentiable, gradient_of
-from .attacks.core import one_vs_all, rescore
+from genrobust.attacks.autodiff import (
+    NoGradientError,
+    ask,
+    ask_in_parts,
+    differentiable,
+    gradient_of,
+)
+from .attacks.core import rescore
 from .attacks.decision_based import hop_skip_jump
 from .attacks.engine import device_of
 from .attacks.gradient import apgd
@@ -49,10 +54,11 @@ from genrobust.attacks.inputs import (
 )
 
 # %% ../nbs/19_evaluate.ipynb #19-005c
-from .attacks.result import AttackResult, norm, per_image, require, rounding_tolerance
+from .attacks.result import AttackResult, norm, per_image, require
 from .attacks.score_based import square
-from .diagnosis import Caution, cross_check, inspect_model
+from .diagnosis import Caution, answers_differ, cross_check, inspect_model
 from .ensembles import ensemble as ensemble
+from .ensembles import parameters_of
 from .ensembles import worst_case as worst_case
 from .files import digest, load_tensors, save_tensors, writable, write_whole
 from .numerics import check_seed, derive_seed, no_tf32, seeded
@@ -166,11 +172,8 @@ class _Job(NamedTuple):
     @property
     def own(self) -> dict:
         "Parameters, set or by default."
-        own, inner = {}, self.attack
-        while isinstance(inner, partial):
-            own = inner.keywords | own
-            inner = inner.args[0] if inner.func is one_vs_all and inner.args else inner.func
-        return {k: v.default for k, v in signature(inner).parameters.items()} | own
+        own, known = parameters_of(self.attack)
+        return {name: parameter.default for name, parameter in known.items()} | own
 
     @property
     def steps(self) -> int:
@@ -382,7 +385,6 @@ def _has_latents(
     return hasattr(model, 'fixed') and model.fixed(0) is not model
 
 
-@torch.no_grad()
 def _is_random(
     model: nn.Module,  # Images to logits
     x: Tensor,  # Some images
@@ -390,9 +392,7 @@ def _is_random(
     "Whether it has latents, or two answers differ by more than rounding."
     if _has_latents(model):
         return True
-    with no_tf32(), seeded(0, x.device):
-        one, other = ask(model, x), ask(model, x)
-    return bool(((one - other).abs().amax(1) > 10 * rounding_tolerance(one)).any())
+    return answers_differ(model, x) > 0
 
 
 def _has_gradient(
@@ -403,10 +403,8 @@ def _has_gradient(
     try:
         _slope(model, x)
         return True
-    except ValueError as e:
-        if 'no gradient' in str(e):
-            return False
-        raise
+    except NoGradientError:
+        return False
 
 # %% ../nbs/19_evaluate.ipynb #19-044s1
 def _seconds_of_passes(

@@ -316,7 +316,7 @@ def write_try_it(
     device: str | torch.device | None = None,  # Default: `pick_device()`
     say: Callable = print,  # Called with a line of text as things happen
 ) -> Path:  # The folder
-    "Make the data of the page *Try it*; an `OSError` or a `ValueError` before any work, if it cannot."
+    "Make the data of the page *Try it*; an `OSError` or `ValueError` if it cannot."
     settings, folder = settings or Settings(), writable(out)
     _check(settings)
     splits = load(data, root)
