@@ -98,8 +98,11 @@ def read_study(
 
 # %% ../nbs/12_results.ipynb #12-021
 def _plain(value):
-    "Text for a cell of a Markdown table, with nothing in it that Markdown takes for its own"
-    return re.sub(r'([\\`*$<|])', r'\\\1', ' '.join(str(value).splitlines()))
+    """Text for a cell of a Markdown table, with nothing in it that Markdown takes for its own; an
+    interval behind its number is set small"""
+    text = re.sub(r'([\\`*$<|])', r'\\\1', ' '.join(str(value).splitlines()))
+    end = r'[-+.\de]+%?'
+    return re.sub(rf'(?<=[\d%]) (\[{end}, {end}\])', r' <small>\1</small>', text)
 
 
 def markdown_table(
