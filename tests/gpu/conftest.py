@@ -16,7 +16,7 @@ elif torch.cuda.is_available():
     collect_ignore = ['test_device.py', 'test_waits.py']  # of the pretended GPU and its counts
 
     def PretendedGPU():
-        return nullcontext(SimpleNamespace(rounded=Counter()))  # who knows what a real one rounds?
+        return nullcontext(SimpleNamespace(is_real=True, rounded=Counter()))  # it does not tell
 else:
     collect_ignore_glob = ['*']
 
