@@ -154,6 +154,7 @@ def test_an_interval_is_set_small_behind_its_number():
     }
     _, *rows = rows_of(markdown_table('T', [{'x': text} for text in shown]))
     assert [cell for (cell,) in rows] == list(shown.values())
+    assert markdown_table('', [{'x': 1}]) == '| x |\n| --- |\n| 1 |'
 
 
 def truncated(file, *_):
