@@ -118,7 +118,7 @@ RECIPES = {
     'cnn': dict(dropout=0.5),
     'cnn_at': dict(dropout=0.2, adversary=pgd_start),
     'cnn_at_l2': dict(dropout=0.2, adversary=partial(pgd_start, p=2, eps=1.5)),
-    'gfz_at': dict(dropout=0.0, adversary=partial(pgd_start, n_samples=1)),
+    'gfz_at': dict(dropout=0.0, adversary=partial(pgd_start, steps=2, n_samples=1)),
     'cnn_noise25': dict(dropout=0.5, adversary=partial(noisy, sigma=0.25)),
     'cnn_noise50': dict(dropout=0.5, adversary=partial(noisy, sigma=0.5)),
     'gfz_noise25': dict(dropout=0.0, adversary=partial(noisy, sigma=0.25)),
@@ -193,7 +193,7 @@ def _fit_one(args, data, splits, clf, out, checkpoint, how):
     "Fit, score and save, unless that was done before; say how it went"
     train, valid = (_thin(part, args.scarce) for part in (splits.train, splits.valid))
     history = fit(clf, train, valid, checkpoint=checkpoint, **how)
-    info = {k: v for k, v in how.items() if k not in ('device', 'progress')}
+    info = {k: v for k, v in how.items() if k not in ('device', 'graphs', 'progress')}
     info |= dict(data=data, images=args.images, scarce=args.scarce, history=history)
     if how['adversary']:
         info['adversary'] = _said_of(how['adversary'])
