@@ -156,8 +156,8 @@ def _job(args, name, seed):
     how = _given(args, fit) | dict(warmup=0, lr=1e-3, adversary=None)
     how |= RECIPES[name] | own | dict(seed=seed)
     clf = build(name.split('_')[0], seed=seed, dropout=how.pop('dropout'))
-    own_data = how.pop('data', 'fashion_mnist')
-    data = args.data or own_data
+    own_data = how.pop('data', args.data)
+    data = own_data if args.data == 'fashion_mnist' else args.data
     if (args.scarce or 0) >= clf.n_classes:
         raise ValueError(f'--scarce must be a class, 0 to {clf.n_classes - 1}, not {args.scarce}')
     out = Path(args.folder) / f'{stem}.safetensors' if args.out is None else args.out
@@ -249,7 +249,7 @@ def _add_train(commands, common):
     torchrun = 'Under torchrun --no-python every process takes its share of them.'
     text = f'{about.capitalize()}. {torchrun}'
     train = commands.add_parser('train', parents=[common], help=about, description=text)
-    train.set_defaults(run=_train, data=None)
+    train.set_defaults(run=_train)
     add = train.add_argument
     models = (
         f'any of {", ".join(RECIPES)}; after the name of the classifier, _at stands for '
