@@ -86,6 +86,20 @@ def test_training_goes_on_where_it_stopped(name, how, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*weights))
 
 
+@pytest.mark.parametrize('name', ['GFZ', 'CNN'])
+def test_a_recorded_step_is_a_step(name, gpu):
+    "Replayed as a CUDA graph, with all kinds of batches, it learns what it learns kernel by kernel"
+    if not gpu.is_real:
+        pytest.skip('a pretended GPU records no kernels')
+    found = []
+    for graphs in (True, False):
+        model = classifier(name)
+        how = dict(epochs=2, batch_size=30, warmup=1, graphs=graphs, progress=False)
+        found.append(fit(model, some(200, 'cpu'), some(40, 'cpu', 100), **how))
+    one, other = found
+    assert [h['bound'] for h in one] == pytest.approx([h['bound'] for h in other], rel=0.01)
+
+
 def test_seeded_is_for_the_gpu_too():
     before = torch.get_rng_state(), torch.cuda.get_rng_state()
     drawn = []
