@@ -96,6 +96,7 @@ class Budget(NamedTuple):
     noisy: int  # Images attacked through averages over draws
     climbs: int  # Steps of such an attack
     draws: tuple  # Draws that its averages are taken of, in ascending order
+    more: int  # Times K, in an attack that takes more samples of latents
     scored: int  # Resampled draws on which adversarial examples are scored
     goals: int  # Clean images of other classes, the nearest, that an attack goes for
     problems: int  # Images around which binary problems are made
@@ -104,8 +105,10 @@ class Budget(NamedTuple):
 
 
 SIZES = dict(
-    quick=Budget(12, 15, 'quick', 6, 150, 12, 8, (1, 2, 4), 8, 1, 6, 40, 400),
-    standard=Budget(100, 50, 'standard', 20, 1000, 50, 20, (1, 5, 20, 100), 20, 3, 40, 100, 2000),
+    quick=Budget(12, 15, 'quick', 6, 150, 12, 8, (1, 2, 4), 4, 8, 1, 6, 40, 400),
+    standard=Budget(
+        100, 50, 'standard', 20, 1000, 50, 20, (1, 5, 20, 100), 20, 20, 3, 40, 100, 2000
+    ),
 )
 
 # %% ../nbs/41_checks.ipynb #41-014
@@ -345,8 +348,7 @@ def more_samples(t: Trial) -> Found | str:
     k, b, K = slice(t.budget.noisy), t.budget, t.model.n_samples
     climb = partial(apgd, steps=b.climbs, loss='margin', **t.ball)
     fixed = partial(t.model.fixed, t.seed)
-    of = K, K * b.draws[-2]
-    return _success_by_draws(t, of, lambda n: climb(fixed(n), t.x[k], t.y[k]))
+    return _success_by_draws(t, (K, K * b.more), lambda n: climb(fixed(n), t.x[k], t.y[k]))
 
 # %% ../nbs/41_checks.ipynb #41-026
 @row(
