@@ -769,6 +769,15 @@ def _trial(clf, splits, sources, with_detectors, **own):
     given = dict(detectors=detectors, sources=sources)
     return Trial(clf, splits.test.x, splits.test.y, **given, **own)
 
+
+def _measured(check, trial):
+    "A check as a row of a table"
+    begun, found = time.perf_counter(), check(trial)
+    about = found._asdict()
+    row = dict(check=about.pop('name'), norm=_norm_name(trial.p), eps=trial.eps, **about)
+    row['rates'] = json.dumps({name: round(rate, 6) for name, rate in found.rates.items()})
+    return dict(row, size=trial.size, seconds=time.perf_counter() - begun)
+
 # %% ../nbs/41_checks.ipynb #41-056
 def measure_checks(
     models: Sequence[str | Path],  # Names for `load_pretrained`, or paths of files
@@ -795,18 +804,14 @@ def measure_checks(
             at = _norm_name(p), eps
             todo = [check for check in CHECKS if (check.__name__, *at) not in done]
             own = dict(p=p, eps=eps, seed=seed, size=size)
-            others = {name: source for name, source in loaded.items() if name != model}
+            others = {k: source for k, source in loaded.items() if k != model}
             trial = todo and _trial(clf, splits, others, joint_attack in todo, **own)
             for check in todo:
-                begun, found = time.perf_counter(), check(trial)
-                about = dict(model=model, data=name, size=size, item=CHECKS[check])
-                about |= dict(norm=at[0], eps=eps, **found._asdict())
-                about['check'], about['rates'] = about.pop('name'), json.dumps(found.rates)
-                rows.append(about | dict(seconds=time.perf_counter() - begun))
+                row = dict(model=model, item=CHECKS[check], **_measured(check, trial), data=name)
+                rows.append(row)
                 _write(file, rows)
-                say(
-                    '{model}, {norm} {eps:g}: {check} {verdict}, {seconds:.0f} s'.format(**rows[-1])
-                )
+                text = '{model}, {norm} {eps:g}: {check} {verdict}, {seconds:.0f} s'
+                say(text.format(**row))
 
 # %% ../nbs/41_checks.ipynb #41-057
 def measure_transfer(
