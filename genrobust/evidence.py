@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'CHECKS', 'BALLS', 'Check', 'Found', 'Budget', 'noise_in_ball', 'Trial', 'row', 'clean_draws', 'headline',
            'averaging', 'more_samples', 'resampled_latents', 'ablation', 'single_step', 'larger_radius', 'more_steps',
-           'order_of_attacks', 'black_box', 'single_factors', 'nearest_of_others', 'match_logits', 'match_latents',
-           'matching', 'joint_attack', 'binary_test', 'transfer_matrix', 'measure_checks', 'measure_transfer']
+           'order_of_attacks', 'black_box', 'transfer_matrix', 'single_factors', 'nearest_of_others', 'match_logits',
+           'match_latents', 'matching', 'joint_attack', 'binary_test', 'measure_checks', 'measure_transfer']
 
 # %% ../nbs/41_checks.ipynb #41-005
 import json
@@ -475,6 +475,49 @@ def black_box(t: Trial) -> Found:
     is_all = len(i) == len(t.case.standing)
     return Found(values if is_all else values[i.cpu()], rates=dict(rates, attacked=len(i)))
 
+# %% ../nbs/41_checks.ipynb #41-052
+def transfer_matrix(
+    models: dict[str, nn.Module],  # By name
+    x: Tensor,  # Images `[N,...]`
+    y: Tensor,  # Labels `[N]`
+    *,
+    p: float = torch.inf,  # Norm: 2 or inf
+    eps: float = 0.1,  # Radius of the ball
+    steps: int = 50,  # Of APGD on the margin
+    seed: int = 0,  # Of random numbers, and of the fixed latents of all models
+    bounds: tuple = (0, 1),  # Of pixels
+) -> "'pd.DataFrame'":  # `source`, `target`, `n` images right for both, `success`, `low`, `high`
+    """How often adversarial examples of each model, and random noise, are misclassified by each;
+    where source and target are the same this is the white box."""
+    import pandas as pd
+
+    require(len(models) > 0, 'models must be a dict of models by name, found none')
+    views = {k: m.fixed(seed) if hasattr(m, 'fixed') else m for k, m in models.items()}
+    how, rows = dict(p=p, eps=eps, seed=seed, bounds=bounds), []
+    climb = partial(apgd, steps=steps, loss='margin')
+    right = {k: _answers(view, x) == y for k, view in views.items()}
+    for source in ['chance', *views]:
+        first = next(iter(views.values()))
+        attack, view = (noise_in_ball, first) if source == 'chance' else (climb, views[source])
+        points = attack(view, x, None if source == 'chance' else y, **how).x_adv
+        for target, other in views.items():
+            both = right[target] & right.get(source, right[target])
+            k, n = (_answers(other, points) != y)[both].sum().item(), both.sum().item()
+            low, high = wilson(k, n)
+            about = dict(source=source, target=target, n=n, success=k / n if n else math.nan)
+            rows.append(about | dict(low=low, high=high))
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def _answers(model, x):
+    "Predictions `[N]`, where the images are"
+    device = device_of(model, x)
+    with no_tf32():
+        return torch.cat([ask_in_parts(model, v.to(device)).argmax(1) for v in x.split(128)]).to(
+            x.device
+        )
+
 # %% ../nbs/41_checks.ipynb #41-036
 @row(
     0.01,
@@ -686,49 +729,6 @@ CHECKS = {
     joint_attack: 9,
     binary_test: 12,
 }
-
-# %% ../nbs/41_checks.ipynb #41-052
-def transfer_matrix(
-    models: dict[str, nn.Module],  # By name
-    x: Tensor,  # Images `[N,...]`
-    y: Tensor,  # Labels `[N]`
-    *,
-    p: float = torch.inf,  # Norm: 2 or inf
-    eps: float = 0.1,  # Radius of the ball
-    steps: int = 50,  # Of APGD on the margin
-    seed: int = 0,  # Of random numbers, and of the fixed latents of all models
-    bounds: tuple = (0, 1),  # Of pixels
-) -> "'pd.DataFrame'":  # `source`, `target`, `n` images right for both, `success`, `low`, `high`
-    """How often adversarial examples of each model, and random noise, are misclassified by each;
-    where source and target are the same this is the white box."""
-    import pandas as pd
-
-    require(len(models) > 0, 'models must be a dict of models by name, found none')
-    views = {k: m.fixed(seed) if hasattr(m, 'fixed') else m for k, m in models.items()}
-    how, rows = dict(p=p, eps=eps, seed=seed, bounds=bounds), []
-    climb = partial(apgd, steps=steps, loss='margin')
-    right = {k: _answers(view, x) == y for k, view in views.items()}
-    for source in ['chance', *views]:
-        first = next(iter(views.values()))
-        attack, view = (noise_in_ball, first) if source == 'chance' else (climb, views[source])
-        points = attack(view, x, None if source == 'chance' else y, **how).x_adv
-        for target, other in views.items():
-            both = right[target] & right.get(source, right[target])
-            k, n = (_answers(other, points) != y)[both].sum().item(), both.sum().item()
-            low, high = wilson(k, n)
-            about = dict(source=source, target=target, n=n, success=k / n if n else math.nan)
-            rows.append(about | dict(low=low, high=high))
-    return pd.DataFrame(rows)
-
-
-@torch.no_grad()
-def _answers(model, x):
-    "Predictions `[N]`, where the images are"
-    device = device_of(model, x)
-    with no_tf32():
-        return torch.cat([ask_in_parts(model, v.to(device)).argmax(1) for v in x.split(128)]).to(
-            x.device
-        )
 
 # %% ../nbs/41_checks.ipynb #41-054
 BALLS = (math.inf, 0.1), (2, 1.0)  # Norm and radius
