@@ -270,6 +270,7 @@ def row(
 
         check.__signature__ = Signature(_PARAMETERS, return_annotation=Check)
         check.__delwrap__ = Trial.__init__
+        check.limit, check.passes, check.fails = limit, passes, fails
         return check
 
     return decorate
@@ -342,7 +343,7 @@ def averaging(t: Trial) -> Found | str:
     'a larger K makes the attack stronger: raise K in the attack',
 )
 def more_samples(t: Trial) -> Found | str:
-    "Success of an attack on an estimate from 20 times as many latents K, less that from K"
+    "Success of an attack on an estimate from many more latents than K, less that from K"
     if not hasattr(t.model, 'n_samples'):
         return 'the model takes no samples of latents'
     k, b, K = slice(t.budget.noisy), t.budget, t.model.n_samples
@@ -467,7 +468,8 @@ def _black_box(t):
     'black-box attacks find what white-box attacks missed: gradients are masked; count both',
 )
 def black_box(t: Trial) -> Found:
-    "Share of images that stand, of at most `standing`, and fall to attacks without gradients"
+    """Share of images that stood and fall to attacks without gradients: of all images, or of the
+    standing ones where only some of these were attacked"""
     i, values = t.case.standing[: t.budget.standing], torch.zeros(len(t.case))
     found = {name: t.case.attack(attack, i) for name, attack in _black_box(t).items()}
     values[i.cpu()] = torch.stack(list(found.values())).any(0).float().cpu()

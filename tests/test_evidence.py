@@ -272,7 +272,7 @@ def test_an_attack_that_knows_the_detector_fails_it(splits, monkeypatch):
 
 
 def test_a_single_factor_that_finds_more_fails(dfz, splits, monkeypatch):
-    budget(monkeypatch, images=10, climbs=10, steps=10)
+    budget(monkeypatch, images=8, climbs=8, steps=8)
     for model, word in ((dfz, 'passes'), (of_dfz(Misled), 'fails')):
         found = judged(evidence.single_factors, model, splits, eps=0.05)
         assert found.verdict == word, found
