@@ -415,15 +415,23 @@ class BayesClassifier(FactorNetworks):
         "This model as a black box: resampled latents at every call, and only `forward`."
         return Resampled(self)
 
-    @torch.no_grad()
     @from_anywhere
+    def latent_mean(
+        self,
+        x: Tensor,  # `[B,1,28,28]`
+        y: Tensor,  # Labels `[B]`
+    ) -> Tensor:  # `[B,latent]`
+        "Mean of q(z|x,y); differentiable."
+        return self._posterior(*self._own(x, y))[0].flatten(1)
+
+    @torch.no_grad()
     def encode(
         self,
         x: Tensor,  # `[B,1,28,28]`
         y: Tensor,  # Labels `[B]`
     ) -> Tensor:  # `[B,latent]`
-        "Mean of q(z|x,y)."
-        return self._posterior(*self._own(x, y))[0].flatten(1)
+        "Mean of q(z|x,y), without a gradient."
+        return self.latent_mean(x, y)
 
     @torch.no_grad()
     @from_anywhere
