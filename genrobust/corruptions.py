@@ -8,6 +8,7 @@ __all__ = ['SEVERITIES', 'CORRUPTIONS', 'Corruption', 'list_corruptions', 'corru
 
 # %% ../nbs/40_corruptions.ipynb #40-005
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,10 +60,11 @@ def _pixelate(a, width, rng):
 
 
 def _jpeg(a, quality, rng):
-    from torchvision.io import decode_jpeg, encode_jpeg
+    from PIL import Image
 
-    grey = torch.from_numpy(np.round(255 * a).astype(np.uint8))[None]
-    return decode_jpeg(encode_jpeg(grey, quality=quality))[0].numpy() / 255
+    file = BytesIO()
+    Image.fromarray(np.round(255 * a).astype(np.uint8)).save(file, 'JPEG', quality=quality)
+    return np.asarray(Image.open(file), float) / 255
 
 # %% ../nbs/40_corruptions.ipynb #40-014
 def _brightness(a, more, rng):
