@@ -422,7 +422,8 @@ def summarise(
 
     is_clean = rows.corruption == 'clean'
     clean = 1 - rows[is_clean].set_index('model').accuracy
-    cells = rows[~is_clean].assign(error=1 - rows.accuracy)
+    cells = rows[~is_clean]
+    cells = cells.assign(error=1 - cells.accuracy)
     errors = cells.pivot_table(index='model', columns='corruption', values='error')
     require(baseline in errors.index, f'no rows of the baseline {baseline!r}')
     losses = errors.sub(clean, axis=0)
