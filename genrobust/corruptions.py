@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SEVERITIES', 'CORRUPTIONS', 'Corruption', 'list_corruptions', 'corrupt', 'read_corruptions', 'measure',
-           'severities_right', 'compare', 'summarise']
+           'shares_right', 'compare', 'summarise']
 
 # %% ../nbs/40_corruptions.ipynb #40-005
 from collections.abc import Callable, Sequence
@@ -365,19 +365,20 @@ def measure(
     return _with_rates(pd.concat(tables, ignore_index=True))
 
 # %% ../nbs/40_corruptions.ipynb #40-040
-def severities_right(
+def shares_right(
     rows: "'pd.DataFrame'",  # By `measure`, of one model and one draw of latents
     y: Tensor,  # Labels `[N]` of the images
-) -> "'pd.DataFrame'":  # `[N, corruptions]`, and `clean`: 0 or 1
-    "At how many severities of each corruption each image is classified correctly."
+) -> "'pd.DataFrame'":  # `[N, corruptions]`, and `clean` and `all`, the mean of corruptions
+    "The share of severities at which each image is classified correctly, by corruption."
     import pandas as pd
 
-    right = {}
+    shares = {}
     for name, of in rows.groupby('corruption', sort=False):
         digits = np.array([list(line) for line in of.predictions], dtype=int)
         require(digits.shape[1] == len(y), f'{len(y)} labels for {digits.shape[1]} images')
-        right[name] = (digits == y.numpy()).sum(0)
-    return pd.DataFrame(right)
+        shares[name] = (digits == y.cpu().numpy()).mean(0)
+    table = pd.DataFrame(shares)
+    return table.assign(all=table.drop(columns='clean').mean(axis=1).round(9))
 
 # %% ../nbs/40_corruptions.ipynb #40-041
 def compare(
@@ -394,13 +395,10 @@ def compare(
     import pandas as pd
     from scipy.stats import ttest_rel
 
-    shares = []
-    for name in (one, other):
-        right = severities_right(rows[rows.model == name], y)
-        clean = right.pop('clean')
-        right = right / rows.groupby('corruption').severity.nunique()[right.columns]
-        right['all'] = right.mean(axis=1)
-        shares.append(right.sub(clean, axis=0) if relative else right)
+    shares = [shares_right(rows[rows.model == name], y) for name in (one, other)]
+    clean = [share.pop('clean') for share in shares]
+    if relative:
+        shares = [share.sub(own, axis=0) for share, own in zip(shares, clean)]
     a, b = shares
     low, high = ttest_rel(a, b).confidence_interval()
     table = pd.DataFrame(dict(difference=(a - b).mean(), low=low, high=high))
@@ -412,28 +410,27 @@ def compare(
 # %% ../nbs/40_corruptions.ipynb #40-042
 def summarise(
     rows: "'pd.DataFrame'",  # By `measure`, of one draw of latents
+    y: Tensor,  # Labels `[N]` of the images
     baseline: str = 'cnn',  # Whose errors count as 1
 ) -> "'pd.DataFrame'":  # A row a model, the best first
-    """Accuracy on clean images, its mean over corruptions and severities, what that loses, the mean
-    corruption error `mce` and the relative one (Hendrycks and Dietterich, 2019), and mean `auroc`.
+    """Accuracy on `clean` images; its mean over corruptions, `corrupted`, with a 95 % interval from
+    `low` to `high`; what that loses; the mean corruption error `mce` and the relative one, `rmce`
+    (Hendrycks and Dietterich, 2019); and the mean `auroc`.
 
     `rmce` leaves out corruptions under which the baseline loses nothing."""
     import pandas as pd
+    from scipy.stats import ttest_1samp
 
-    is_clean = rows.corruption == 'clean'
-    clean = 1 - rows[is_clean].set_index('model').accuracy
-    cells = rows[~is_clean]
-    cells = cells.assign(error=1 - cells.accuracy)
-    errors = cells.pivot_table(index='model', columns='corruption', values='error')
-    require(baseline in errors.index, f'no rows of the baseline {baseline!r}')
-    losses = errors.sub(clean, axis=0)
+    shares = {name: shares_right(of, y) for name, of in rows.groupby('model')}
+    require(baseline in shares, f'no rows of the baseline {baseline!r}')
+    means = pd.DataFrame({name: share.mean() for name, share in shares.items()}).T
+    ends = [ttest_1samp(share['all'], 0).confidence_interval() for share in shares.values()]
+    errors = 1 - means.drop(columns=['clean', 'all'])
+    losses = errors.add(means.clean - 1, axis=0)
     base = losses.loc[baseline]
-    table = dict(
-        clean=1 - clean,
-        corrupted=1 - errors.mean(axis=1),
-        loss=losses.mean(axis=1),
-        mce=(errors / errors.loc[baseline]).mean(axis=1),
-        rmce=(losses / base.where(base > 0)).mean(axis=1),
-        auroc=cells.groupby('model').auroc.mean(),
-    )
+    table = dict(clean=means.clean, corrupted=means['all'], loss=means.clean - means['all'])
+    table |= dict(zip(('low', 'high'), zip(*ends)))
+    table['mce'] = (errors / errors.loc[baseline]).mean(axis=1)
+    table['rmce'] = (losses / base.where(base > 0)).mean(axis=1)
+    table['auroc'] = rows[rows.corruption != 'clean'].groupby('model').auroc.mean()
     return pd.DataFrame(table).sort_values('corrupted', ascending=False).rename_axis('model')

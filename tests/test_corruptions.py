@@ -14,7 +14,7 @@ from genrobust.corruptions import (
     corrupt,
     measure,
     read_corruptions,
-    severities_right,
+    shares_right,
     summarise,
 )
 from genrobust.data import Images, synthetic
@@ -130,16 +130,17 @@ def test_the_mean_corruption_error_of_the_baseline_is_one():
     model, other = Counting(), Counting()
     nn.init.normal_(other.linear.weight, generator=torch.Generator().manual_seed(1))
     rows = measure(dict(cnn=model, b=other), IMAGES, corruptions=NAMES)
-    table = summarise(rows)
-    assert table.mce['cnn'] == 1
+    table = summarise(rows, IMAGES.y)
+    assert table.mce['cnn'] == 1 and (table.low < table.corrupted).all()
+    assert (table.corrupted < table.high).all()
     errors = 1 - rows[rows.severity > 0].groupby(['model', 'corruption']).accuracy.mean()
     assert np.isclose(table.mce['b'], (errors['b'] / errors['cnn']).mean())
     with pytest.raises(ValueError, match='no rows of the baseline'):
-        summarise(rows, 'vit')
+        summarise(rows, IMAGES.y, 'vit')
     difference = compare(rows, IMAGES.y, 'b', 'cnn').difference
     assert np.isclose(difference['all'], table.corrupted['b'] - table.corrupted['cnn'])
     with pytest.raises(ValueError, match='labels for 12 images'):
-        severities_right(rows[rows.model == 'b'], IMAGES.y[:5])
+        shares_right(rows[rows.model == 'b'], IMAGES.y[:5])
 
 
 def test_holm_is_the_closed_test_of_bonferroni():
