@@ -400,7 +400,11 @@ def compare(
     if relative:
         shares = [share.sub(own, axis=0) for share, own in zip(shares, clean)]
     a, b = shares
-    low, high = ttest_rel(a, b).confidence_interval()
+    names = f'{list(a)} and {list(b)}'
+    require(
+        a.shape == b.shape and set(a) == set(b), f'expected the same corruptions, found {names}'
+    )
+    low, high = ttest_rel(a, b[a.columns]).confidence_interval()
     table = pd.DataFrame(dict(difference=(a - b).mean(), low=low, high=high))
     counts = [mcnemar(a[name] > b[name], b[name] > a[name]) for name in a]
     table[['only_one', 'only_other', 'p']] = counts

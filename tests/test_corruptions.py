@@ -139,6 +139,9 @@ def test_the_mean_corruption_error_of_the_baseline_is_one():
         summarise(rows, IMAGES.y, 'vit')
     difference = compare(rows, IMAGES.y, 'b', 'cnn').difference
     assert np.isclose(difference['all'], table.corrupted['b'] - table.corrupted['cnn'])
+    partial = rows[(rows.model == 'cnn') | (rows.corruption != 'fog')]
+    with pytest.raises(ValueError, match='the same corruptions'):
+        compare(partial, IMAGES.y, 'b', 'cnn')
     with pytest.raises(ValueError, match='labels for 12 images'):
         shares_right(rows[rows.model == 'b'], IMAGES.y[:5])
 
