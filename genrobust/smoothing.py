@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['lower_confidence_bound', 'count_classes', 'Certificate', 'certify', 'certified_accuracy', 'measure_smoothing',
-           'read_smoothing']
+           'read_smoothing', 'Smoothed', 'measure_attacked', 'predict_split', 'measure_split']
 
 # %% ../nbs/39_smoothing.ipynb #39-005
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from numbers import Real
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from genrobust.attacks.inputs import (
+    Wrapped,
     check_counts,
     check_finite,
     check_images,
@@ -25,10 +28,11 @@ from genrobust.attacks.inputs import (
     check_range,
 )
 from .attacks.random_numbers import Keys, normal
-from .attacks.result import require
+from .attacks.result import norm, require
+from .attacks.sphere import ddn
 from .data import load
 from .files import digest, writable, write_whole
-from .models import load_pretrained, predict
+from .models import BayesClassifier, load_pretrained, predict
 from .numerics import batch_for, check_seed, derive_seed, device_of, seeded
 from .statistics import wilson
 
@@ -176,22 +180,6 @@ def certified_accuracy(
     return pd.DataFrame(rows, columns=['radius', 'accuracy', 'low', 'high'])
 
 # %% ../nbs/39_smoothing.ipynb #39-060
-_MODELS = 'cnn', 'cnn_noise25', 'cnn_noise50', 'cnn_at', 'gfz', 'gfz_noise25', 'gfz_noise50', 'dfz'
-
-
-def _rows(model, images, about, start, stop):
-    "A table of the images from `start` to `stop`"
-    import pandas as pd
-
-    x, y, numbers = images.x[start:stop], images.y[start:stop], torch.arange(start, stop)
-    with seeded(derive_seed('clean', about['seed'], start)):
-        clean = predict(model, x).argmax(1)
-    how = {name: about[name] for name in ('sigma', 'n0', 'n', 'seed')}
-    found = certify(model, x, numbers=numbers, **how).to_frame().drop(columns='sigma')
-    of_image = dict(image=numbers.numpy(), y=y.numpy(), clean=clean.numpy())
-    return pd.DataFrame(dict(about, **of_image)).join(found)
-
-
 def _started(file, about):
     "Rows that a file holds already; a `ValueError` if they depend on something else"
     import pandas as pd
@@ -200,14 +188,46 @@ def _started(file, about):
         return pd.DataFrame()
     rows = pd.read_csv(file, dtype=dict(model=str, weights=str, data=str))
     for name, value in about.items():
-        found = rows[name].unique().tolist()
+        found = rows[name].unique().tolist() if name in rows else None
         text = f'{file} holds counts of {name} {found}, not of {value!r}'
         require(found == [value], f'{text}: name another folder, or remove the file')
     return rows
 
+
+def _measure(measure_part, models, sigmas, images, folder, where, **about):
+    "A file for each model and sigma, by rows of 20 images at a time, from where it stopped"
+    import pandas as pd
+
+    folder, test = writable(folder), load(about['data'], where['root']).test
+    for name, sigma in product(models, map(float, sigmas)):
+        check_positive(sigma=sigma)
+        model, label = load_pretrained(name, where['device']), Path(name).stem
+        of_model = dict(model=label, weights=digest(model.state_dict())[:12], sigma=sigma)
+        file, settings = folder / f'{label}-{sigma:g}.csv', about | of_model
+        table = _started(file, settings)
+        for start in range(len(table), images, 20):
+            begun, numbers = time.perf_counter(), torch.arange(start, min(start + 20, images))
+            rows = measure_part(model, test.x[numbers], test.y[numbers], numbers, settings)
+            of_image = dict(image=numbers.numpy(), y=test.y[numbers].numpy())
+            rows = pd.DataFrame(settings | of_image | rows)
+            table = pd.concat([table, rows], ignore_index=True)
+            write_whole(file, table.to_csv(index=False, float_format='%.6g'))
+            seconds = time.perf_counter() - begun
+            where['say'](f'{file.stem}: {len(table)} of {images} images, {seconds:.1f} s')
+    return folder
+
 # %% ../nbs/39_smoothing.ipynb #39-062
+def _counted(model, x, y, numbers, about):
+    "Columns: the model's own class of each image, and counts of classes of its noisy copies"
+    with seeded(derive_seed('clean', about['seed'], numbers[0].item())):
+        clean = predict(model, x).argmax(1)
+    how = {name: about[name] for name in ('sigma', 'n0', 'n', 'seed')}
+    counts = certify(model, x, numbers=numbers, **how).to_frame().drop(columns='sigma')
+    return dict(clean=clean.numpy(), **counts)
+
+
 def measure_smoothing(
-    models: Sequence[str | Path] = _MODELS,  # Names or files of weights, as for `load_pretrained`
+    models: Sequence[str | Path],  # Names or files of weights, as for `load_pretrained`
     sigmas: Sequence[float] = (0.25, 0.5),  # Standard deviations of the noise
     images: int = 200,  # The first test images
     *,
@@ -224,33 +244,149 @@ def measure_smoothing(
 
     A file, `MODEL-SIGMA.csv`, grows by 20 images at a time: a run that was ended goes on. What it
     holds are counts, so that `alpha` is chosen later (`Certificate.from_frame`)."""
-    import pandas as pd
-
     check_counts(images=images, n0=n0, n=n)
-    folder, test = writable(folder), load(data, root).test
-    for name, sigma in ((name, float(sigma)) for name in models for sigma in sigmas):
-        check_positive(sigma=sigma)
-        model, label = load_pretrained(name, device), Path(name).stem
-        about = dict(data=data, model=label, weights=digest(model.state_dict())[:12])
-        about |= dict(sigma=sigma, seed=seed, n0=n0, n=n)
-        file = folder / f'{label}-{sigma:g}.csv'
-        table = _started(file, about)
-        for start in range(len(table), images, 20):
-            begun, stop = time.perf_counter(), min(start + 20, images)
-            rows = _rows(model, test, about, start, stop)
-            table = pd.concat([table, rows], ignore_index=True)
-            write_whole(file, table.to_csv(index=False))
-            say(f'{file.stem}: {stop} of {images} images, {time.perf_counter() - begun:.1f} s')
-    return folder
+    where, about = dict(root=root, device=device, say=say), dict(data=data, seed=check_seed(seed))
+    about |= dict(n0=n0, n=n)
+    return _measure(_counted, models, sigmas, images, folder, where, **about)
 
 
 def read_smoothing(
     folder: str | Path = 'results/smoothing',  # That `measure_smoothing` wrote to
 ) -> "'pd.DataFrame'":  # A row for each image, model and sigma
-    "All counts in a folder; a `ValueError` if there are none."
+    "All files of a folder; a `ValueError` if there are none."
     import pandas as pd
 
     files = sorted(Path(folder).glob('*.csv'))
-    require(len(files) > 0, f'no counts in {folder}: run measure_smoothing first')
+    require(len(files) > 0, f'no tables in {folder}: run measure_smoothing first')
     as_written = dict(dtype=dict(model=str, weights=str, data=str))
     return pd.concat([pd.read_csv(file, **as_written) for file in files], ignore_index=True)
+
+# %% ../nbs/39_smoothing.ipynb #39-064
+class Smoothed(Wrapped):
+    """The mean probabilities over noise that is drawn once, which an attack can climb (SmoothAdv:
+    Salman et al., 2019); the latents of a stochastic model are fixed."""
+
+    passed = ('n_classes',)
+    rewrapped = ()
+
+    def __init__(
+        self,
+        model: Callable,  # Images to logits
+        sigma: float,  # Standard deviation of the noise
+        draws: int = 32,  # Noisy copies
+        seed: int = 0,  # Of noise and latents
+    ):
+        check_counts(draws=draws)
+        check_positive(sigma=sigma)
+        super().__init__(model.fixed(seed) if hasattr(model, 'fixed') else model)
+        self.sigma, self.draws, self.seed = sigma, draws, check_seed(seed)
+
+    @property
+    def images_at_once(self) -> int:
+        "As many as the model takes copies, but at least 1."
+        return max(1, (getattr(self.model, 'images_at_once', None) or 2000) // self.draws)
+
+    def forward(self, x: Tensor) -> Tensor:
+        "Logarithms of mean probabilities `[B,C]`."
+        uses = torch.arange(self.draws, device=x.device)
+        keys = Keys(derive_seed('smoothed', self.seed), torch.zeros_like(uses), uses)
+        noise = normal(keys, *x.shape[1:]).to(x.dtype)
+        logits = self.model((x[:, None] + self.sigma * noise).flatten(0, 1))
+        log_p = logits.log_softmax(1).unflatten(0, (len(x), self.draws))
+        return log_p.logsumexp(1) - math.log(self.draws)
+
+# %% ../nbs/39_smoothing.ipynb #39-066
+def _attacked(model, x, y, numbers, about):
+    "Columns: certificates, and norms of the smallest perturbation that changes the smoothed class"
+    sigma, seed, how = about['sigma'], about['seed'], dict(n0=about['n0'], n=about['n'])
+    before = certify(model, x, sigma=sigma, seed=seed, numbers=numbers, **how)
+    l2 = torch.where(before.y == y, torch.inf, 0.0).double()
+    i = (before.y == y).nonzero().squeeze(1)
+    surrogate = Smoothed(model, sigma, about['draws'], seed)
+    if len(i):
+        delta = ddn(surrogate, x[i], y[i], steps=about['steps'], numbers=numbers[i]).perturbation
+    for scale in (0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.7, 2.0) if len(i) else ():
+        moved = (x[i] + scale * delta).clamp(0, 1)
+        after = certify(model, moved, sigma=sigma, seed=seed + 1, numbers=numbers[i], **how)
+        is_other = (after.y >= 0) & (after.y != y[i])
+        size = norm(moved - x[i]).double()
+        l2[i] = torch.where(is_other & (size < l2[i]), size, l2[i])
+    return dict(certified=before.y.numpy(), radius=before.radius.numpy(), l2=l2.numpy())
+
+
+def measure_attacked(
+    models: Sequence[str | Path],  # Names or files of weights, as for `load_pretrained`
+    sigmas: Sequence[float] = (0.25, 0.5),  # Standard deviations of the noise
+    images: int = 100,  # The first test images
+    *,
+    n0: int = 100,  # Noisy copies that select the class
+    n: int = 500,  # Other copies, which bound its probability
+    draws: int = 32,  # Noisy copies that the attack sees
+    steps: int = 40,  # Of DDN
+    seed: int = 0,  # Of noise and latents
+    data: str = 'fashion_mnist',  # As for `load`
+    folder: str | Path = 'results/smoothing_attacked',  # To write to
+    root: str | None = None,  # Folder that holds data sets
+    device: str | None = None,  # Default: `pick_device()`
+    say: Callable[[str], object] = print,  # Told what goes on
+) -> Path:  # The folder
+    """Attack the smoothed classifier: DDN on `Smoothed`, and along what it finds the nearest point
+    in [0, 1] that is certified to have another class. Files are those of `measure_smoothing`."""
+    check_counts(images=images, n0=n0, n=n, draws=draws, steps=steps)
+    where, about = dict(root=root, device=device, say=say), dict(data=data, seed=check_seed(seed))
+    about |= dict(n0=n0, n=n, draws=draws, steps=steps)
+    return _measure(_attacked, models, sigmas, images, folder, where, **about)
+
+# %% ../nbs/39_smoothing.ipynb #39-070
+def predict_split(
+    model: BayesClassifier,
+    x: Tensor,  # Images `[N,1,28,28]`, of which the densities are taken
+    encoded: Tensor,  # Images `[N,1,28,28]` that q(z|x,y) sees in their place
+) -> Tensor:  # Logits `[N,C]`, on the device of `x`
+    "Logits of images on latents of other images; where both are the same, those of `predict`."
+    size, device, logits = model.images_at_once, device_of(model, x), []
+    for part, seen in zip(x.split(size), encoded.to(device)[:, None].split(size)):
+        swap = model.q_trunk.register_forward_pre_hook(lambda _, given, seen=seen: (seen,))
+        try:
+            logits.append(predict(model, part, size))
+        finally:
+            swap.remove()
+    return torch.cat(logits)
+
+# %% ../nbs/39_smoothing.ipynb #39-072
+def measure_split(
+    models: Sequence[str | Path] = ('gfz', 'gbz', 'gfy', 'dfz'),  # Names or files of weights
+    sigmas: Sequence[float] = (0.25, 0.5),  # Standard deviations of the noise
+    images: int = 1000,  # The first test images
+    *,
+    seed: int = 0,  # Of noise and latents
+    data: str = 'fashion_mnist',  # As for `load`
+    folder: str | Path = 'results/split',  # To write to
+    root: str | None = None,  # Folder that holds data sets
+    device: str | None = None,  # Default: `pick_device()`
+    say: Callable[[str], object] = print,  # Told what goes on
+) -> Path:  # The folder
+    """Classify images of which the encoder sees noise, the densities do, both or neither: a file
+    `MODEL.csv` for each model, which is not measured again."""
+    import pandas as pd
+
+    check_counts(images=images)
+    folder, test = writable(folder), load(data, root).test
+    x, y = test.x[:images], test.y[:images]
+    key = Keys(derive_seed('split', check_seed(seed)), torch.arange(len(x)), torch.tensor(0))
+    noise, pairs = normal(key, *x.shape[1:]), [(1, 0), (0, 1), (1, 1)]
+    for file, name in ((folder / f'{Path(name).stem}.csv', name) for name in models):
+        if file.exists():
+            continue
+        model, rows = load_pretrained(name, device), []
+        for sigma, pair in [(0.0, (0, 0)), *((sigma, pair) for sigma in sigmas for pair in pairs)]:
+            encoded, taken = (x + on * sigma * noise for on in pair)
+            with seeded(derive_seed('split latents', seed, sigma)):
+                found = predict_split(model, taken, encoded).argmax(1)
+            kinds = dict(zip(('encoder', 'densities'), (('clean', 'noisy')[on] for on in pair)))
+            correct = int((found == y).sum())
+            rows.append(dict(data=data, model=file.stem, sigma=sigma, **kinds))
+            rows[-1] |= dict(images=len(x), correct=correct)
+            say(f'{file.stem}, sigma {sigma:g}, {" ".join(kinds.values())}: {correct} of {len(x)}')
+        write_whole(file, pd.DataFrame(rows).to_csv(index=False))
+    return folder
