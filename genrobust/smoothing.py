@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lower_confidence_bound', 'count_classes', 'Certificate', 'certify', 'certified_accuracy', 'measure_smoothing',
-           'read_smoothing', 'Smoothed', 'measure_attacked', 'predict_split', 'measure_split']
+           'read_smoothing', 'predict_split', 'measure_split', 'Smoothed', 'measure_attacked']
 
 # %% ../nbs/39_smoothing.ipynb #39-005
 import math
@@ -261,6 +261,60 @@ def read_smoothing(
     as_written = dict(dtype=dict(model=str, weights=str, data=str))
     return pd.concat([pd.read_csv(file, **as_written) for file in files], ignore_index=True)
 
+# %% ../nbs/39_smoothing.ipynb #39-070
+def predict_split(
+    model: BayesClassifier,
+    x: Tensor,  # Images `[N,1,28,28]`, of which the densities are taken
+    encoded: Tensor,  # Images `[N,1,28,28]` that q(z|x,y) sees in their place
+) -> Tensor:  # Logits `[N,C]`, on the device of `x`
+    "Logits of images on latents of other images; where both are the same, those of `predict`."
+    size, device, logits = model.images_at_once, device_of(model, x), []
+    for part, seen in zip(x.split(size), encoded.to(device)[:, None].split(size)):
+        swap = model.q_trunk.register_forward_pre_hook(lambda _, given, seen=seen: (seen,))
+        try:
+            logits.append(predict(model, part, size))
+        finally:
+            swap.remove()
+    return torch.cat(logits)
+
+# %% ../nbs/39_smoothing.ipynb #39-072
+def measure_split(
+    models: Sequence[str | Path] = ('gfz', 'gbz', 'gfy', 'dfz'),  # Names or files of weights
+    sigmas: Sequence[float] = (0.25, 0.5),  # Standard deviations of the noise
+    images: int = 1000,  # The first test images
+    *,
+    seed: int = 0,  # Of noise and latents
+    data: str = 'fashion_mnist',  # As for `load`
+    folder: str | Path = 'results/split',  # To write to
+    root: str | None = None,  # Folder that holds data sets
+    device: str | None = None,  # Default: `pick_device()`
+    say: Callable[[str], object] = print,  # Told what goes on
+) -> Path:  # The folder
+    """Classify images of which the encoder sees noise, the densities do, both or neither: a file
+    `MODEL.csv` for each model, which is not measured again."""
+    import pandas as pd
+
+    check_counts(images=images)
+    folder, test = writable(folder), load(data, root).test
+    x, y = test.x[:images], test.y[:images]
+    key = Keys(derive_seed('split', check_seed(seed)), torch.arange(len(x)), torch.tensor(0))
+    noise, pairs = normal(key, *x.shape[1:]), [(1, 0), (0, 1), (1, 1)]
+    for file, name in ((folder / f'{Path(name).stem}.csv', name) for name in models):
+        if file.exists():
+            continue
+        model, rows = load_pretrained(name, device), []
+        for sigma, pair in [(0.0, (0, 0)), *((sigma, pair) for sigma in sigmas for pair in pairs)]:
+            encoded, taken = (x + on * sigma * noise for on in pair)
+            with seeded(derive_seed('split latents', seed, sigma)):
+                found = predict_split(model, taken, encoded).argmax(1)
+            kinds = dict(zip(('encoder', 'densities'), (('clean', 'noisy')[on] for on in pair)))
+            correct = int((found == y).sum())
+            rows.append(dict(data=data, model=file.stem, sigma=sigma, **kinds))
+            rows[-1] |= dict(images=len(x), correct=correct)
+            say(f'{file.stem}, sigma {sigma:g}, {" ".join(kinds.values())}: {correct} of {len(x)}')
+        write_whole(file, pd.DataFrame(rows).to_csv(index=False))
+    return folder
+
 # %% ../nbs/39_smoothing.ipynb #39-064
 class Smoothed(Wrapped):
     """The mean probabilities over noise that is drawn once, which an attack can climb (SmoothAdv:
@@ -336,57 +390,3 @@ def measure_attacked(
     where, about = dict(root=root, device=device, say=say), dict(data=data, seed=check_seed(seed))
     about |= dict(n0=n0, n=n, draws=draws, steps=steps)
     return _measure(_attacked, models, sigmas, images, folder, where, **about)
-
-# %% ../nbs/39_smoothing.ipynb #39-070
-def predict_split(
-    model: BayesClassifier,
-    x: Tensor,  # Images `[N,1,28,28]`, of which the densities are taken
-    encoded: Tensor,  # Images `[N,1,28,28]` that q(z|x,y) sees in their place
-) -> Tensor:  # Logits `[N,C]`, on the device of `x`
-    "Logits of images on latents of other images; where both are the same, those of `predict`."
-    size, device, logits = model.images_at_once, device_of(model, x), []
-    for part, seen in zip(x.split(size), encoded.to(device)[:, None].split(size)):
-        swap = model.q_trunk.register_forward_pre_hook(lambda _, given, seen=seen: (seen,))
-        try:
-            logits.append(predict(model, part, size))
-        finally:
-            swap.remove()
-    return torch.cat(logits)
-
-# %% ../nbs/39_smoothing.ipynb #39-072
-def measure_split(
-    models: Sequence[str | Path] = ('gfz', 'gbz', 'gfy', 'dfz'),  # Names or files of weights
-    sigmas: Sequence[float] = (0.25, 0.5),  # Standard deviations of the noise
-    images: int = 1000,  # The first test images
-    *,
-    seed: int = 0,  # Of noise and latents
-    data: str = 'fashion_mnist',  # As for `load`
-    folder: str | Path = 'results/split',  # To write to
-    root: str | None = None,  # Folder that holds data sets
-    device: str | None = None,  # Default: `pick_device()`
-    say: Callable[[str], object] = print,  # Told what goes on
-) -> Path:  # The folder
-    """Classify images of which the encoder sees noise, the densities do, both or neither: a file
-    `MODEL.csv` for each model, which is not measured again."""
-    import pandas as pd
-
-    check_counts(images=images)
-    folder, test = writable(folder), load(data, root).test
-    x, y = test.x[:images], test.y[:images]
-    key = Keys(derive_seed('split', check_seed(seed)), torch.arange(len(x)), torch.tensor(0))
-    noise, pairs = normal(key, *x.shape[1:]), [(1, 0), (0, 1), (1, 1)]
-    for file, name in ((folder / f'{Path(name).stem}.csv', name) for name in models):
-        if file.exists():
-            continue
-        model, rows = load_pretrained(name, device), []
-        for sigma, pair in [(0.0, (0, 0)), *((sigma, pair) for sigma in sigmas for pair in pairs)]:
-            encoded, taken = (x + on * sigma * noise for on in pair)
-            with seeded(derive_seed('split latents', seed, sigma)):
-                found = predict_split(model, taken, encoded).argmax(1)
-            kinds = dict(zip(('encoder', 'densities'), (('clean', 'noisy')[on] for on in pair)))
-            correct = int((found == y).sum())
-            rows.append(dict(data=data, model=file.stem, sigma=sigma, **kinds))
-            rows[-1] |= dict(images=len(x), correct=correct)
-            say(f'{file.stem}, sigma {sigma:g}, {" ".join(kinds.values())}: {correct} of {len(x)}')
-        write_whole(file, pd.DataFrame(rows).to_csv(index=False))
-    return folder
