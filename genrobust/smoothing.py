@@ -68,7 +68,7 @@ def _count(model, image, sigma, key, uses, batch_size):
         counts = counts + torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return counts.cpu()
 
-
+# %% ../nbs/39_smoothing.ipynb #39-030s1
 def count_classes(
     model: nn.Module,  # Images `[B,...]` to logits `[B,C]`, in eval mode
     x: Tensor,  # Images `[N,...]`
@@ -170,9 +170,9 @@ def certified_accuracy(
     interval for the choice of images."""
     import pandas as pd
 
-    correct, n = certificate.y == y.cpu(), len(y)
-    require(correct.shape == y.shape, f'expected {len(certificate.y)} labels, found {n}')
-    size, rows = certificate.radius, []
+    n, rows = len(certificate.selected), []
+    require(y.shape == (n,), f'expected {n} labels, found {list(y.shape)}')
+    correct, size = certificate.y == y.cpu(), certificate.radius
     for radius in map(float, radii):
         check_range(0, float('inf'), radius=radius)
         kept = int((correct & (size > radius)).sum())
@@ -193,7 +193,7 @@ def _started(file, about):
         require(found == [value], f'{text}: name another folder, or remove the file')
     return rows
 
-
+# %% ../nbs/39_smoothing.ipynb #39-060s1
 def _measure(measure_part, models, sigmas, images, folder, where, **about):
     "A file for each model and sigma, by rows of 20 images at a time, from where it stopped"
     import pandas as pd
@@ -225,7 +225,7 @@ def _counted(model, x, y, numbers, about):
     counts = certify(model, x, numbers=numbers, **how).to_frame().drop(columns='sigma')
     return dict(clean=clean.numpy(), **counts)
 
-
+# %% ../nbs/39_smoothing.ipynb #39-062s1
 def measure_smoothing(
     models: Sequence[str | Path],  # Names or files of weights, as for `load_pretrained`
     sigmas: Sequence[float] = (0.25, 0.5),  # Standard deviations of the noise
@@ -249,7 +249,7 @@ def measure_smoothing(
     about |= dict(n0=n0, n=n)
     return _measure(_counted, models, sigmas, images, folder, where, **about)
 
-
+# %% ../nbs/39_smoothing.ipynb #39-062s2
 def read_smoothing(
     folder: str | Path = 'results/smoothing',  # That `measure_smoothing` wrote to
 ) -> "'pd.DataFrame'":  # A row for each image, model and sigma
@@ -367,7 +367,7 @@ def _attacked(model, x, y, numbers, about):
         l2[i] = torch.where(is_other & (size < l2[i]), size, l2[i])
     return dict(certified=before.y.numpy(), radius=before.radius.numpy(), l2=l2.numpy())
 
-
+# %% ../nbs/39_smoothing.ipynb #39-066s1
 def measure_attacked(
     models: Sequence[str | Path],  # Names or files of weights, as for `load_pretrained`
     sigmas: Sequence[float] = (0.25, 0.5),  # Standard deviations of the noise
