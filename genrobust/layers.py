@@ -111,6 +111,7 @@ class Decoder(nn.Module):
     "Inputs `[...,n_in[i]]` to the mean of p(x|.), `[...,784]` in (0, 1)."
 
     chunk = 100  # latents at a time on a CPU: few enough for its cache
+    chunk_on_gpu = 2**15  # from 2**16 on, cuDNN takes kernels that are many times slower
 
     def __init__(self, n_in: list[int], hidden: int, dropout: float):
         super().__init__()
@@ -132,5 +133,6 @@ class Decoder(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         h = self.dense(*inputs)
         flat = h.flatten(0, -2)
-        chunks = flat.split(self.chunk if flat.device.type == 'cpu' else len(flat))
-        return torch.cat([self.paint(chunk) for chunk in chunks]).unflatten(0, h.shape[:-1])
+        size = self.chunk if flat.device.type == 'cpu' else self.chunk_on_gpu
+        chunks = [self.paint(chunk) for chunk in flat.split(size)]
+        return torch.cat(chunks).unflatten(0, h.shape[:-1])

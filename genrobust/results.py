@@ -98,12 +98,15 @@ def read_study(
 
 # %% ../nbs/12_results.ipynb #12-021
 def _plain(value):
-    "Text for a cell of a Markdown table, with nothing in it that Markdown takes for its own"
-    return re.sub(r'([\\`*$<|])', r'\\\1', ' '.join(str(value).splitlines()))
+    """Text for a cell of a Markdown table, with nothing in it that Markdown takes for its own; an
+    interval behind its number is set small"""
+    text = re.sub(r'([\\`*$<|])', r'\\\1', ' '.join(str(value).splitlines()))
+    end = r'[-+.\de]+%?'
+    return re.sub(rf'(?<=[\d%]) (\[{end}, {end}\])', r' <small>\1</small>', text)
 
 
 def markdown_table(
-    title: str,  # Set in bold above it
+    title: str,  # Set in bold above it; '' for none
     # All with the same keys, the heads of the columns, shown as they are; or a data frame, whose
     # index is shown where it has a name
     rows: "list[dict] | 'pd.DataFrame'",
@@ -116,7 +119,8 @@ def markdown_table(
         raise ValueError(f'{title}: no rows; check the names of models and attacks')
     lines = [[_plain(v) for v in line] for line in (rows[0], *(row.values() for row in rows))]
     lines.insert(1, ['---'] * len(rows[0]))
-    return f'**{title}**\n\n' + '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    above = f'**{title}**\n\n' if title else ''
+    return above + '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 # %% ../nbs/12_results.ipynb #12-021a0
 def _rate(hits, cluster=None):

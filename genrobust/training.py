@@ -51,9 +51,57 @@ def make_optimiser(
     lr: float,  # Learning rate
 ) -> tuple[torch.optim.Adam, WeightAverage]:  # What moves the weights, and what averages them
     "Adam, fused but on MPS, where old versions of PyTorch have no such kernel; and the average."
-    is_mps = next(model.parameters()).device.type == 'mps'
-    optimiser = torch.optim.Adam(model.parameters(), lr=lr, fused=not is_mps)
+    kind = next(model.parameters()).device.type
+    how = dict(fused=kind != 'mps', capturable=kind == 'cuda')  # into a CUDA graph
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr, **how)
     return optimiser, WeightAverage(model)
+
+# %% ../nbs/02_training.ipynb #02-080
+class _Step:
+    "One step of training: the loss of a batch, its gradients, and the move of the weights"
+
+    def __init__(self, model, optimiser, mixed):
+        self.model, self.optimiser, self.mixed = model, optimiser, mixed
+
+    def __call__(self, x, y, kl):
+        with self.mixed():  # anew: old versions reuse weights that were cast without gradients
+            loss = self.model.train().loss(x, y, kl)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        return loss.detach()
+
+
+class _GraphedStep(_Step):
+    "The same on a GPU, for batches of one size: recorded as a CUDA graph, and replayed"
+
+    graph, inputs, warmup = None, None, 3
+
+    def __call__(self, x, y, kl):
+        if self.inputs is None:
+            self.inputs = x.clone(), y.clone(), torch.ones((), device=x.device)
+        if x.shape != self.inputs[0].shape:
+            return super().__call__(x, y, kl)
+        self.inputs[0].copy_(x), self.inputs[1].copy_(y), self.inputs[2].fill_(kl)
+        if self.warmup:
+            return self._warm_up()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            self.optimiser.zero_grad()
+            with torch.cuda.graph(self.graph):
+                self.loss = super().__call__(*self.inputs)
+        self.graph.replay()
+        return self.loss
+
+    def _warm_up(self):
+        "A step beside the main stream: kernels are chosen, and memory is taken, before recording"
+        self.warmup -= 1
+        main, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        beside.wait_stream(main)
+        with torch.cuda.stream(beside):
+            loss = super().__call__(*self.inputs)
+        main.wait_stream(beside)
+        return loss
 
 # %% ../nbs/02_training.ipynb #02-076
 def train_epoch(
@@ -65,22 +113,19 @@ def train_epoch(
     adversary: Callable | None = None,  # `adversary(model, x, y)` returns the images to train on
     amp: bool = False,  # Mixed precision
     kl_weights: Iterable[float] = repeat(1.0),  # Of the KL divergence, at each step
+    graphs: bool = False,  # On a GPU: replay the kernels of a step as a CUDA graph
 ) -> float:  # Mean loss, nats
     "One pass over the training images."
     total, cast = 0.0, partial(torch.autocast, data.y.device.type, torch.bfloat16)
     mixed = cast if amp else nullcontext
+    step = (_GraphedStep if graphs else _Step)(model, optimiser, mixed)
     with _labels_checked(model, data.y):
         for index, kl in zip(batches, kl_weights):
             y = data.y[index]
             with mixed():
                 x = _perturb(adversary, model, data.x[index], y)
-            with mixed():  # anew: old versions reuse weights that were cast without gradients
-                loss = model.train().loss(x, y, kl)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            total += step(x, y, kl) * len(y)
             average.update_parameters(model)
-            total += loss.detach() * len(y)
     return (total / len(data.y)).item()
 
 # %% ../nbs/02_training.ipynb #02-077
@@ -187,8 +232,9 @@ def _best_epoch(history):
 class _Run:
     "A training under way: what a checkpoint holds, and how training goes on from it"
 
-    def __init__(self, model, settings, adversary):
+    def __init__(self, model, settings, adversary, graphs):
         self.model, self.settings, self.adversary = model, settings, adversary
+        self.graphs = graphs
         self.optimiser, self.average = make_optimiser(model, settings['lr'])
         self.best, self.history = {}, []
 
@@ -261,7 +307,7 @@ class _Run:
             times = [epoch + n / len(batches) for n in range(len(batches))]
             weights = [_kl_weight(time, settings['warmup']) for time in times]
             bar = tqdm(batches, f'epoch {epoch + 1} of {epochs}', leave=False, disable=not progress)
-            how = self.adversary, settings['amp'], weights
+            how = self.adversary, settings['amp'], weights, self.graphs
             loss = train_epoch(self.model, *movers, train, bar, *how)
             found = _evaluate(self.average.module, valid, self.adversary)
         if not (math.isfinite(loss) and math.isfinite(found['bound'])):
@@ -319,6 +365,7 @@ def fit(
     patience: int | None = 10,  # Epochs without a better validation bound before training stops
     warmup: int = 0,  # Epochs over which the weight of the KL divergence grows from 0 to 1
     amp: bool = False,  # Mixed precision: compute in bfloat16 where that is safe
+    graphs: bool = True,  # On a GPU: replay the kernels of a step as a CUDA graph
     device: str | torch.device | None = None,  # Default: `pick_device()`
     progress: bool = True,  # Show a bar
 ) -> list[dict]:  # Of each epoch: `epoch`, `train_bound`, `bound` (validation) and `accuracy`
@@ -334,7 +381,8 @@ def fit(
     settings = dict(lr=float(lr), batch_size=int(batch_size), seed=int(seed), warmup=int(warmup))
     settings |= dict(amp=bool(amp), adversary=_describe(adversary), data=_fingerprint(train, valid))
     train, valid = (Images(images.x.to(device), images.y.to(device)) for images in (train, valid))
-    run = _Run(model.to(device).requires_grad_(True), settings, adversary)
+    graphs = bool(graphs) and torch.device(device).type == 'cuda'
+    run = _Run(model.to(device).requires_grad_(True), settings, adversary, graphs)
     if path and path.exists():
         run.resume(path)
     if len(run.history) > epochs:

@@ -18,6 +18,7 @@ import nbformat
 import pytest
 import torch
 import yaml
+from bs4 import BeautifulSoup
 from notebooks import directives, plain_fences, readme, unlink
 
 import genrobust
@@ -311,6 +312,35 @@ def test_styles_wrap_what_is_printed_and_let_formulas_scroll():
     for rule in ('overflow-x: auto', 'max-width: 100%'):
         assert rule in rules['math[display=block]']
     assert len(css) < 3000 and 'http' not in css
+
+
+OPERATOR = '<mrow><mi mathvariant="normal">{}</mi><mo>&#8289;</mo></mrow>'  # as pandoc 3.9 has it
+LOG, ARG, MAX = map(OPERATOR.format, ('log', 'arg', 'max'))
+OPEN, BOTH = '<mo stretchy="false" form="prefix">(</mo>', '<mi mathvariant="normal">{}</mi>'
+
+
+@pytest.mark.parametrize(
+    'formula, spaced',
+    [
+        (f'{LOG}<mi>p</mi>{OPEN}<mi>x</mi>', ['p']),
+        (f'{LOG}{OPEN}<mn>1</mn>', []),
+        (f'{LOG}<mfrac><mi>p</mi><mi>q</mi></mfrac>', ['pq']),
+        (f'{ARG}<msub>{MAX}<mi>c</mi></msub><mi>f</mi>', ['max\u2061c']),
+        (f'<munder>{BOTH.format("min")}<mi>a</mi></munder><mi>r</mi>', ['r']),
+        (f'<munder>{BOTH.format("min")}<mi>a</mi></munder>{OPEN}<mi>r</mi>', []),
+        (f'<mrow>{BOTH.format("R")}{BOTH.format("A")}</mrow><mi>x</mi>', []),
+        ('<munder><mo>\u2211</mo><mi>c</mi></munder><msup><mi>e</mi><mi>c</mi></msup>', []),
+        ('<mi>x</mi><mo>+</mo><mi>y</mi>', []),
+        ('<mrow><mi>n</mi><mo>!</mo></mrow><mi>k</mi>', []),
+    ],
+)
+def test_a_thin_space_follows_the_names_of_functions(formula, spaced):
+    css = re.sub(r'/\*.*?\*/', '', (ROOT / 'nbs/styles.css').read_text(), flags=re.S)
+    (selector,) = re.findall(r'([^{}]+)\{ margin-left: \.167em; \}', css)
+    page = BeautifulSoup(
+        f'<math><semantics><mrow>{formula}</mrow></semantics></math>', 'html.parser'
+    )
+    assert [element.text for element in page.select(selector.strip())] == spaced
 
 
 @every_notebook

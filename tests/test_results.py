@@ -144,6 +144,19 @@ def test_what_a_cell_holds_is_shown_as_it_is():
     assert rows == [[' '.join(text.splitlines()), '1'] for text in texts]
 
 
+def test_an_interval_is_set_small_behind_its_number():
+    shown = {
+        '100.0% [98.0%, 100.0%]': '100.0% <small>[98.0%, 100.0%]</small>',
+        '-0.1 [-0.2, 1e-05] <b>': '-0.1 <small>[-0.2, 1e-05]</small> <b>',
+        '[1, 2]': '[1, 2]',
+        'a [b, c]': 'a [b, c]',
+        '1 [a](b.ipynb)': '1 <a href="b.ipynb">a</a>',
+    }
+    _, *rows = rows_of(markdown_table('T', [{'x': text} for text in shown]))
+    assert [cell for (cell,) in rows] == list(shown.values())
+    assert markdown_table('', [{'x': 1}]) == '| x |\n| --- |\n| 1 |'
+
+
 def truncated(file, *_):
     file.write_bytes(file.read_bytes()[:-50])
 

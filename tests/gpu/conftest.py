@@ -1,31 +1,47 @@
-"Tests on a GPU that is not there: `make test-gpu`, or `pytest -p pretended_gpu tests/gpu`."
+"""Tests on a GPU: where there is one, part of `pytest tests`; elsewhere on one that is not there, by
+`make test-gpu`, or `pytest -p pretended_gpu tests/gpu`."""
 
 import sys
+from collections import Counter
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-if 'pretended_gpu' not in sys.modules:  # PyTorch has been imported without it
-    collect_ignore_glob = ['*']
-else:
+from genrobust import training
+
+WHY_NOT = None
+if 'pretended_gpu' in sys.modules:
     from pretended_gpu import WHY_NOT, PretendedGPU
+elif torch.cuda.is_available():
+    collect_ignore = ['test_device.py', 'test_waits.py']  # of the pretended GPU and its counts
 
-    def pytest_collection_modifyitems(items):
-        for item in items if WHY_NOT else []:
-            item.add_marker(pytest.mark.skip(reason=WHY_NOT))
+    def PretendedGPU():
+        return nullcontext(SimpleNamespace(is_real=True, rounded=Counter()))  # it does not tell
+else:
+    collect_ignore_glob = ['*']
 
-    @pytest.fixture(autouse=True)
-    def gpu():
-        "There is a GPU in every test here, and the user has asked for fast products"
-        import torch
 
-        torch.manual_seed(0)
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision('high')
-        with PretendedGPU() as device:
-            yield device
-        torch.set_float32_matmul_precision(before)
+def pytest_collection_modifyitems(items):
+    for item in items if WHY_NOT else []:
+        item.add_marker(pytest.mark.skip(reason=WHY_NOT))
 
-    @pytest.fixture(params=['cpu', 'cuda'])
-    def home(request):
-        "Where a user's images are"
-        return request.param
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    "There is a GPU in every test here, and the user has asked for fast products"
+    torch.manual_seed(0)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('high')
+    with PretendedGPU() as device:
+        if not device.is_real:  # nothing there records kernels
+            monkeypatch.setattr(training, '_GraphedStep', training._Step)
+        yield device
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(params=['cpu', 'cuda'])
+def home(request):
+    "Where a user's images are"
+    return request.param

@@ -181,7 +181,7 @@ class _Generator:
 class PretendedGPU(TorchDispatchMode):
     "A context in which there is one GPU; `waits` and `rounded` (to TF32) are counted by line"
 
-    on = None
+    on, is_real = None, False
 
     def __init__(self):
         super().__init__()
