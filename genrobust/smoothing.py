@@ -195,7 +195,7 @@ def _started(file, about):
 
 # %% ../nbs/39_smoothing.ipynb #39-060s1
 def _measure(measure_part, models, sigmas, images, folder, where, **about):
-    "A file for each model and sigma, by rows of 20 images at a time, from where it stopped"
+    "A file for each model and sigma, which grows by 5 images at a time"
     import pandas as pd
 
     folder, test = writable(folder), load(about['data'], where['root']).test
@@ -205,8 +205,8 @@ def _measure(measure_part, models, sigmas, images, folder, where, **about):
         of_model = dict(model=label, weights=digest(model.state_dict())[:12], sigma=sigma)
         file, settings = folder / f'{label}-{sigma:g}.csv', about | of_model
         table = _started(file, settings)
-        for start in range(len(table), images, 20):
-            begun, numbers = time.perf_counter(), torch.arange(start, min(start + 20, images))
+        for start in range(len(table), images, 5):
+            begun, numbers = time.perf_counter(), torch.arange(start, min(start + 5, images))
             rows = measure_part(model, test.x[numbers], test.y[numbers], numbers, settings)
             of_image = dict(image=numbers.numpy(), y=test.y[numbers].numpy())
             rows = pd.DataFrame(settings | of_image | rows)
@@ -242,7 +242,7 @@ def measure_smoothing(
 ) -> Path:  # The folder
     """Count classes of noisy test images, and write a file for each model and sigma.
 
-    A file, `MODEL-SIGMA.csv`, grows by 20 images at a time: a run that was ended goes on. What it
+    A file, `MODEL-SIGMA.csv`, grows by 5 images at a time: a run that was ended goes on. What it
     holds are counts, so that `alpha` is chosen later (`Certificate.from_frame`)."""
     check_counts(images=images, n0=n0, n=n)
     where, about = dict(root=root, device=device, say=say), dict(data=data, seed=check_seed(seed))
