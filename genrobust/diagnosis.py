@@ -134,14 +134,16 @@ class ModelCase:
         y: Tensor | None,  # Labels `[N]`; None: the model's own predictions
         bounds: tuple = (0, 1),  # Of pixels
         seed: int = 0,  # Of random numbers
-        size: str = 'standard',  # A key of `SIZES`
+        size: str | Effort = 'standard',  # A key of `SIZES`, or an effort of your own
     ):
-        require(size in SIZES, f'size must be one of {", ".join(SIZES)}, found {size!r}')
+        is_known = isinstance(size, Effort) or size in SIZES
+        require(is_known, f'size must be one of {", ".join(SIZES)}, found {size!r}')
         check_model(model, allow_training=True)
         check_images(x)
         within_bounds(x, bounds)
         model = deepcopy(model) if is_training(model) else model  # its running statistics move
-        self.model, self.seed, self.effort = model, seed, SIZES[size]
+        self.model, self.seed = model, seed
+        self.effort = size if isinstance(size, Effort) else SIZES[size]
         self.device = device_of(model, x)
         self.everything = x.detach().to(self.device)
         self.x = self.everything[: self.effort.images]
@@ -418,7 +420,7 @@ class AttackCase(ModelCase):
         eps: float,  # Radius of the ball
         bounds: tuple = (0, 1),  # Of pixels
         seed: int = 0,  # Of random numbers, where the result has no seed of latents
-        size: str = 'standard',  # A key of `SIZES`
+        size: str | Effort = 'standard',  # A key of `SIZES`, or an effort of your own
     ):
         require(p in (1, 2, math.inf), f'p must be 1, 2 or inf, found {p!r}')
         check_range(0, math.inf, eps=eps)

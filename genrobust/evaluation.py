@@ -64,6 +64,24 @@ from .files import digest, load_tensors, save_tensors, writable, write_whole
 from .numerics import check_seed, derive_seed, no_tf32, seeded
 from .statistics import clustered, wilson
 
+# %% ../nbs/19_evaluate.ipynb #19-005d
+from .evidence import ablation as ablation
+from .evidence import averaging as averaging
+from .evidence import binary_test as binary_test
+from .evidence import black_box as black_box
+from .evidence import clean_draws as clean_draws
+from .evidence import headline as headline
+from .evidence import joint_attack as joint_attack
+from .evidence import larger_radius as larger_radius
+from .evidence import matching as matching
+from .evidence import more_samples as more_samples
+from .evidence import more_steps as more_steps
+from .evidence import order_of_attacks as order_of_attacks
+from .evidence import resampled_latents as resampled_latents
+from .evidence import single_factors as single_factors
+from .evidence import single_step as single_step
+from .evidence import transfer_matrix as transfer_matrix
+
 # %% ../nbs/19_evaluate.ipynb #19-020
 _all_ = [ensemble, worst_case]
 

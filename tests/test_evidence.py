@@ -1,0 +1,384 @@
+"Each check of a study passes on an honest model and fails on one that is built to fail it."
+
+import json
+import math
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from genrobust import evaluation, evidence
+from genrobust.attacks import apgd, norm, pgd
+from genrobust.data import Images, Splits, load_or_synthetic
+from genrobust.deceivers import FlatTanh, Linear, Rounded, Wrapper, train_briefly
+from genrobust.detection import LogitDetector
+from genrobust.evidence import (
+    CHECKS,
+    SIZES,
+    Trial,
+    match_latents,
+    match_logits,
+    measure_checks,
+    measure_transfer,
+    nearest_of_others,
+    noise_in_ball,
+    transfer_matrix,
+)
+from genrobust.models import BayesClassifier, Classifier, load_pretrained
+from genrobust.numerics import seeded
+
+EPS, N = 0.1, 16
+
+
+class Noise(Wrapper):
+    "Adds noise to logits"
+
+    def __init__(self, net, sigma=1e-3):
+        super().__init__(net)
+        self.sigma = sigma
+
+    def forward(self, x):
+        logits = self.net(x)
+        return logits + self.sigma * torch.randn_like(logits)
+
+
+class Reversed(Wrapper):
+    "The gradient points the wrong way, but at images of whole bytes"
+
+    def forward(self, x):
+        bytes_ = 255 * x.detach()
+        is_whole = (bytes_ - bytes_.round()).abs().flatten(1).amax(1) < 1e-3
+        sign = torch.where(is_whole, 1, -1)[:, None, None, None]
+        return self.net(x.detach() + sign * (x - x.detach()))
+
+
+class Backwards(Wrapper):
+    "The gradient points the wrong way everywhere"
+
+    def forward(self, x):
+        return self.net(2 * x.detach() - x)
+
+
+class Ripple(Wrapper):
+    "Ripples on the image: the gradient of a point says little about the next"
+
+    def __init__(self, net, a=0.1, f=100):
+        super().__init__(net)
+        self.a, self.f = a, f
+
+    def forward(self, x):
+        return self.net(x + self.a * torch.sin(self.f * x))
+
+
+class NoisyGradient(Noise):
+    "Logits that hardly differ from draw to draw, with gradients that are noise for the most part"
+
+    n_samples = 1
+
+    def __init__(self, net, sigma=1.0, samples=1, seed=None):
+        super().__init__(net, sigma)
+        self.samples, self.seed = samples, seed
+
+    def fixed(self, seed=0, n_samples=None):
+        return self if self.seed is not None else self.like(n_samples or 1, seed)
+
+    def like(self, samples, seed):
+        return NoisyGradient(self.net, self.sigma, samples, seed)
+
+    def averaged(self, draws, seed=0):
+        return self.like(draws, seed)
+
+    def forward(self, x):
+        logits = self.net(x)
+        generator = torch.Generator().manual_seed(
+            torch.randint(2**31, ()).item() if self.seed is None else self.seed
+        )
+        shape = self.samples, x[0].numel(), logits.shape[1]
+        w = torch.randn(shape, generator=generator).mean(0)
+        shift = 0.05 * torch.randn(logits.shape[1], generator=generator)
+        return logits + shift + self.sigma * (x - x.detach()).flatten(1) @ w
+
+
+class Masked(Wrapper):
+    "Sees a random half of the pixels"
+
+    def __init__(self, net, mask=None):
+        super().__init__(net)
+        self.mask = mask
+
+    def fixed(self, seed=0):
+        if self.mask is not None:
+            return self
+        with seeded(seed):
+            return Masked(self.net, torch.rand(1, 1, 28, 28) < 0.5)
+
+    def forward(self, x):
+        mask = torch.rand_like(x) < 0.5 if self.mask is None else self.mask
+        return self.net(2 * x * mask)
+
+
+class Prototypes(Classifier):
+    "A Gaussian around the mean image of each class"
+
+    has_density = True
+
+    def __init__(self, images):
+        super().__init__('prototypes', 10)
+        means = [images.x[images.y == c].mean(0) for c in range(10)]
+        self.means = nn.Parameter(torch.stack(means), requires_grad=False)
+
+    def forward(self, x):
+        return -(x[:, None] - self.means).square().flatten(2).sum(2)
+
+
+class TwoDetached(Wrapper):
+    "The two largest logits are cut off from the image, and so is the margin"
+
+    def forward(self, x):
+        logits = self.net(x)
+        is_top = logits >= logits.topk(2).values[:, 1:]
+        return torch.where(is_top, logits.detach(), logits)
+
+
+class Misled(BayesClassifier):
+    "log p(x|.) with a gradient that points the wrong way, a thousand times as long"
+
+    def _log_px(self, x, y, z):
+        found = super()._log_px(x, y, z)
+        return found.detach() - 1000 * (found - found.detach())
+
+
+@pytest.fixture(autouse=True)
+def little(monkeypatch):
+    few = SIZES['quick']._replace(images=N, steps=12, noisy=N, climbs=6, draws=(1, 2), inner=40)
+    monkeypatch.setitem(SIZES, 'quick', few)
+
+
+@pytest.fixture(scope='module')
+def splits():
+    return Splits(*[Images(*[v[:2000] for v in part]) for part in load_or_synthetic()[1]])
+
+
+@pytest.fixture(scope='module')
+def linear(splits):
+    with seeded(0):
+        return train_briefly(Linear(), *splits.train)
+
+
+@pytest.fixture(scope='module')
+def dfz():
+    return of_dfz(BayesClassifier)
+
+
+def of_dfz(kind):
+    "A Bayes classifier with the weights of DFZ, and one sample of the latents"
+    shipped = load_pretrained('dfz', 'cpu')
+    clf = kind(**dict(shipped.config, n_samples=1))
+    clf.load_state_dict(shipped.state_dict())
+    return clf.eval().requires_grad_(False)
+
+
+def judged(check, model, splits, **own):
+    found = check(model, splits.test.x, splits.test.y, **dict(eps=EPS, size='quick') | own)
+    assert found.name == check.__name__ and found.reason
+    assert found.verdict == 'does not apply' or not math.isnan(found.number)
+    return found
+
+
+def budget(monkeypatch, **own):
+    monkeypatch.setitem(SIZES, 'quick', SIZES['quick']._replace(**own))
+
+
+def test_every_check_of_an_honest_model_passes_or_does_not_apply(linear, splits):
+    trial = Trial(linear, splits.test.x, splits.test.y, eps=0.03, size='quick')
+    found = {check.__name__: check(trial) for check in CHECKS}
+    words = {name: check.verdict for name, check in found.items()}
+    of_random = {'averaging', 'more_samples', 'resampled_latents', 'single_factors', 'joint_attack'}
+    assert {k for k, word in words.items() if word == 'does not apply'} == of_random
+    assert {word for k, word in words.items() if k not in of_random} == {'passes'}, words
+    for check in found.values():
+        assert check.verdict != 'passes' or check.number <= check.limit
+        assert math.isnan(check.low) or check.low <= check.number <= check.high
+
+
+@pytest.mark.parametrize('sigma, word', [(1e-3, 'passes'), (2.0, 'fails')])
+def test_noise_that_misclassifies_clean_images_is_told(linear, splits, sigma, word):
+    assert judged(evidence.clean_draws, Noise(linear, sigma), splits).verdict == word
+
+
+def test_the_rate_of_clean_images_that_depend_on_the_draw(splits):
+    "Right with probability 3/4, whatever the image: right on one draw and wrong on another, 1/4"
+
+    def model(x):
+        is_right = (torch.rand(len(x)) < 0.75).float()[:, None]
+        label = nn.functional.one_hot(splits.test.y[: len(x)], 10)
+        return 0 * x.sum() + is_right * label
+
+    model(splits.test.x[:N])
+    found = judged(evidence.clean_draws, model, splits)
+    assert found.low < 0.25 + 0.1 and found.high > 0.25 - 0.1 and found.verdict == 'fails'
+
+
+@pytest.mark.parametrize(
+    'check, kind',
+    [
+        (evidence.headline, Reversed),
+        (evidence.single_step, Reversed),
+        (evidence.binary_test, Reversed),
+        (evidence.ablation, FlatTanh),
+        (evidence.larger_radius, FlatTanh),
+        (evidence.order_of_attacks, Backwards),
+        (evidence.black_box, Rounded),
+    ],
+    ids=lambda v: v.__name__,
+)
+def test_masked_gradients_fail(linear, splits, check, kind):
+    assert judged(check, kind(linear), splits).verdict == 'fails'
+
+
+def test_an_attack_that_has_not_converged_fails(linear, splits):
+    trial = Trial(Ripple(linear), splits.test.x, splits.test.y, eps=EPS, size='quick')
+    trial.white = pgd(trial.model, trial.x, trial.y, steps=1, eps=EPS)
+    found = evidence.more_steps(trial)
+    assert found.verdict == 'fails'
+    assert found.rates['stood before'] - found.rates['stood after'] == pytest.approx(found.number)
+
+
+@pytest.mark.parametrize('check', [evidence.averaging, evidence.more_samples])
+@pytest.mark.parametrize('sigma, word', [(1e-3, 'passes'), (0.5, 'fails')])
+def test_an_average_of_too_few_draws_fails(linear, splits, monkeypatch, check, sigma, word):
+    budget(monkeypatch, draws=(1, 4, 100), more=100)
+    found = judged(check, NoisyGradient(linear, sigma), splits)
+    assert found.verdict == word and len(found.rates) == (3 if check is evidence.averaging else 2)
+
+
+def test_success_on_the_latents_of_the_attack_alone_fails(linear, splits):
+    found = judged(evidence.resampled_latents, Masked(linear), splits)
+    assert found.verdict == 'fails' and found.rates['one-shot'] < found.rates['resubmission']
+    assert judged(evidence.resampled_latents, Noise(linear), splits).verdict == 'passes'
+
+
+def test_an_attack_that_knows_the_detector_fails_it(splits, monkeypatch):
+    budget(monkeypatch, images=40, climbs=20)
+    model = Prototypes(splits.train).eval()
+    detectors = dict(logit=LogitDetector(model).fit(splits.train).calibrate(splits.valid))
+    near, far = (
+        judged(evidence.joint_attack, model, splits, detectors=detectors, eps=eps)
+        for eps in (0.05, 0.5)
+    )
+    assert near.verdict == 'passes' and far.verdict == 'fails'
+    assert far.rates['logit, aware'] > far.rates['logit, unaware']
+
+
+def test_a_single_factor_that_finds_more_fails(dfz, splits, monkeypatch):
+    budget(monkeypatch, images=8, climbs=8, steps=8)
+    for model, word in ((dfz, 'passes'), (of_dfz(Misled), 'fails')):
+        found = judged(evidence.single_factors, model, splits, eps=0.05)
+        assert found.verdict == word, found
+
+
+def test_matching_that_finds_more_fails(linear, splits):
+    trial = Trial(TwoDetached(linear), splits.test.x, splits.test.y, eps=EPS, size='quick')
+    trial.white = apgd(trial.model, trial.x, trial.y, loss='margin', eps=EPS, steps=10)
+    assert evidence.matching(trial).verdict == 'fails'
+
+
+@pytest.mark.parametrize('p, eps', [(math.inf, 0.1), (2, 1.0)])
+def test_matching_brings_features_nearer_within_the_ball(dfz, splits, p, eps):
+    x, y = splits.test.x[:6], splits.test.y[:6]
+    like = x[nearest_of_others(x, y)[:, 0]]
+    views = dict(p=p, eps=eps, steps=8, like=like, seed=3)
+    model = dfz.fixed(3)
+    label = model(like).argmax(1)
+
+    def distance(embed, points):
+        return (embed(points) - embed(like)).flatten(1).norm(dim=1)
+
+    for attack, embed in (
+        (match_logits, model),
+        (match_latents, lambda v: dfz.latent_mean(v, label)),
+    ):
+        result = attack(dfz, x, y, **views)
+        assert (norm(result.perturbation, p) <= eps * (1 + 1e-5)).all()
+        moved = result.attacked & (result.perturbation != 0).flatten(1).any(1)
+        nearer = distance(embed, result.x_adv) < distance(embed, x)
+        assert moved.any() and nearer[moved & ~result.success].all()
+        assert torch.equal(result.y_adv[moved], model(result.x_adv).argmax(1)[moved])
+        again = attack(dfz, x[:3], y[:3], **dict(views, like=like[:3]))
+        assert torch.allclose(again.x_adv, result.x_adv[:3], atol=1e-5)
+
+
+def test_nearest_of_others():
+    x = torch.tensor([0.0, 0.1, 0.5, 0.9]).view(4, 1, 1, 1)
+    y = torch.tensor([0, 0, 1, 1])
+    assert nearest_of_others(x, y, 2).tolist() == [[2, 3], [2, 3], [1, 0], [1, 0]]
+    with pytest.raises(ValueError, match='needs 3 of other labels to go for, found 2'):
+        nearest_of_others(x, y, 3)
+
+
+@pytest.mark.parametrize('p, eps', [(math.inf, 0.1), (2, 1.0)])
+def test_chance_keeps_to_the_ball(linear, splits, p, eps):
+    result = noise_in_ball(linear, splits.test.x[:N], p=p, eps=eps)
+    size = norm(result.perturbation, p)
+    assert (size <= eps * (1 + 1e-5)).all() and (size > eps / 2).all()
+
+
+def test_transfer_matrix(linear, splits):
+    models = dict(linear=linear, masked=Rounded(linear), noise=Noise(linear))
+    found = transfer_matrix(models, splits.test.x[:N], splits.test.y[:N], eps=EPS, steps=10)
+    success = found.pivot(index='source', columns='target', values='success')
+    white = apgd(linear, splits.test.x[:N], splits.test.y[:N], eps=EPS, steps=10, loss='margin')
+    rate = white.success.sum() / white.attacked.sum()
+    assert success.linear['linear'] == pytest.approx(rate.item())
+    assert success.masked['linear'] > success.masked['masked']  # which has no gradient
+    assert success.noise['linear'] == success.linear['linear'] > success.linear['chance']
+    assert (found.low <= found.success).all() and (found.success <= found.high).all()
+
+
+def test_tables_are_written_and_go_on_where_they_stopped(splits, tmp_path, monkeypatch):
+    cheap = [evidence.clean_draws, evidence.ablation, evidence.more_steps]
+    monkeypatch.setattr(evidence, 'CHECKS', {check: CHECKS[check] for check in cheap[:2]})
+    told = []
+    own = dict(size='quick', splits=splits, sources=[], device='cpu', say=told.append)
+    measure_checks(['cnn'], tmp_path, balls=[(math.inf, 0.1)], **own)
+    first = pd.read_csv(tmp_path / 'cnn.csv')
+    assert list(first.check) == ['clean_draws', 'ablation'] and len(told) == 2
+    assert set(first.norm) == {'linf'} and set(first.verdict) == {'passes'}
+    assert json.loads(first.rates[1]) == {'success at any size': 1.0}
+    monkeypatch.setattr(evidence, 'CHECKS', {check: CHECKS[check] for check in cheap})
+    measure_checks(['cnn'], tmp_path, balls=[(math.inf, 0.1)], **own)
+    again = pd.read_csv(tmp_path / 'cnn.csv')
+    assert list(again.check) == ['clean_draws', 'ablation', 'more_steps'] and len(told) == 3
+    pd.testing.assert_frame_equal(again[:2], first)
+    measure_transfer(['cnn', 'cnn_at'], tmp_path, images=8, splits=splits, device='cpu')
+    found = pd.read_csv(tmp_path / 'transfer.csv')
+    assert len(found) == 2 * 3 * 2 and set(found.norm) == {'linf', 'l2'}
+
+
+def test_checks_are_those_of_the_evaluation():
+    for check in CHECKS:
+        assert getattr(evaluation, check.__name__) is check
+    assert set(CHECKS.values()) == {2, 3, 4, 5, 6, 7, 8, 9, 12}
+
+
+def test_bad_input_is_told_before_the_model_is_asked(splits):
+    def never(x):
+        raise AssertionError('the model was asked')
+
+    x, y = splits.test.x[:N], splits.test.y[:N]
+    for own, text in [
+        (dict(p=1), 'p must be 2 or inf, found 1'),
+        (dict(eps=0), 'eps must be above 0'),
+        (dict(size='huge'), 'size must be one of quick, standard'),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            evidence.ablation(never, x, y, **own)
+    with pytest.raises(ValueError, match='y must'):
+        evidence.ablation(never, x, y[:3])
+    with pytest.raises(ValueError, match='bounds'):
+        evidence.ablation(never, x + 1, y)
+    with pytest.raises(ValueError, match='like must be images'):
+        match_logits(never, x, y, like=x[:2])
+    with pytest.raises(ValueError, match='match_latents needs a BayesClassifier'):
+        match_latents(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).eval(), x, like=x.flip(0))
