@@ -105,7 +105,7 @@ class Budget(NamedTuple):
 
 
 SIZES = dict(
-    quick=Budget(12, 15, 'quick', 6, 150, 12, 8, (1, 2, 4), 4, 8, 1, 6, 40, 400),
+    quick=Budget(12, 15, 'quick', 6, 150, 12, 8, (1, 5, 20), 4, 20, 1, 6, 40, 400),
     standard=Budget(
         100, 50, 'standard', 20, 1000, 50, 20, (1, 5, 20, 100), 20, 20, 3, 40, 100, 2000
     ),

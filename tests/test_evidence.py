@@ -152,6 +152,7 @@ class Misled(BayesClassifier):
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
     few = SIZES['quick']._replace(images=N, steps=12, noisy=N, climbs=6, draws=(1, 2), inner=40)
+    few = few._replace(more=4, scored=8)
     monkeypatch.setitem(SIZES, 'quick', few)
 
 
