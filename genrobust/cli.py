@@ -165,7 +165,8 @@ def _job(args, name, seed):
     _check_out(out, partial(_check_saved, clf))
     _check_out(checkpoint)  # `fit` reads it
     _check_fit(clf, how)
-    return data, partial(_fit_one, args, data, clf=clf, out=out, checkpoint=checkpoint, how=how)
+    how['data'] = data
+    return data, partial(_fit_one, args, clf=clf, out=out, checkpoint=checkpoint, how=how)
 
 # %% ../nbs/27_cli.ipynb #27-011d
 def _thin(images, label):
@@ -195,12 +196,13 @@ def _said_of(adversary):
     return f'{_said_of(adversary.func)}, {own}'
 
 
-def _fit_one(args, data, splits, clf, out, checkpoint, how):
+def _fit_one(args, splits, clf, out, checkpoint, how):
     "Fit, score and save, unless that was done before; say how it went"
     train, valid = (_thin(part, args.scarce) for part in (splits.train, splits.valid))
-    history = fit(clf, train, valid, checkpoint=checkpoint, **how)
+    given = {k: v for k, v in how.items() if k != 'data'}
+    history = fit(clf, train, valid, checkpoint=checkpoint, **given)
     info = {k: v for k, v in how.items() if k not in ('device', 'graphs', 'progress')}
-    info |= dict(data=data, images=args.images, scarce=args.scarce, history=history)
+    info |= dict(images=args.images, scarce=args.scarce, history=history)
     if how['adversary']:
         info['adversary'] = _said_of(how['adversary'])
     if not out.exists() or not info.items() <= load_tensors(out)[1]['info'].items():
@@ -209,7 +211,7 @@ def _fit_one(args, data, splits, clf, out, checkpoint, how):
         save_model(clf, out, **info, **scores)
     scores = load_tensors(out)[1]['info']
     _say(
-        f'{_line(out)}: {clf.name} after {len(history)} epochs on {data}; '
+        f'{_line(out)}: {clf.name} after {len(history)} epochs on {how["data"]}; '
         f'accuracy {scores["valid_accuracy"]:.4f} (validation, {len(splits.valid.y)} images), '
         f'{scores["test_accuracy"]:.4f} (test, {len(splits.test.y)} images)'
     )

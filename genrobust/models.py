@@ -581,11 +581,14 @@ def pretrained_names() -> list[str]:  # In alphabetical order
 
 def list_models() -> dict[str, str]:  # In alphabetical order
     "The names that `load_pretrained` knows, with a line on each."
-    kinds = dict(cnn='discriminative, the baseline', cnn_at='discriminative, adversarially trained')
+    said = dict(cnn='discriminative: a convolutional network, the baseline')
     for name, factors in FACTORISATIONS.items():
         kind = 'generative' if factors.x else 'discriminative'
-        kinds[name.lower()] = f'{kind}: {name}, a deep Bayes classifier'
-    return {name: kinds.get(name, 'a classifier') for name in pretrained_names()}
+        said[name.lower()] = f'{kind}: {name}, a deep Bayes classifier'
+    said |= dict(at='adversarially trained', l2='in l2', mnist='on MNIST')
+    said |= dict(noise25='on Gaussian noise of 0.25', noise50='on Gaussian noise of 0.5')
+    parts = {name: name.split('_') for name in pretrained_names()}
+    return {name: ', '.join(said.get(part, part) for part in parts[name]) for name in parts}
 
 
 def _build_for(tensors, config):

@@ -29,7 +29,7 @@ from .bench import PassCounter, machine
 from .data import N_VALID, load_or_synthetic
 from .files import digest, writable, write_whole
 from .models import load_pretrained, pick_device, predict
-from .numerics import derive_seed, seeded
+from .numerics import derive_seed, no_tf32, seeded
 
 # %% ../nbs/18_referee.ipynb #18-010
 def robust_accuracy(
@@ -323,7 +323,7 @@ def run_contestant(
     if len(i):
         counter = PassCounter(model).eval()
         asked = model if name.startswith('genrobust.') else counter
-        with seeded(derive_seed('referee', name, seed), x.device):
+        with no_tf32(), seeded(derive_seed('referee', name, seed), x.device):
             found = CONTESTANTS[name].attack(asked, x[i].clone(), y[i].clone(), p, passes)
         if isinstance(found, AttackResult):
             found = found.x_adv, found.forwards, found.backwards

@@ -71,7 +71,7 @@ class _Step:
         self.optimiser.step()
         return loss.detach()
 
-
+# %% ../nbs/02_training.ipynb #02-080b
 class _GraphedStep(_Step):
     "The same on a GPU, for batches of one size: recorded as a CUDA graph, and replayed"
 
@@ -118,7 +118,7 @@ def train_epoch(
     "One pass over the training images."
     total, cast = 0.0, partial(torch.autocast, data.y.device.type, torch.bfloat16)
     mixed = cast if amp else nullcontext
-    step = (_GraphedStep if graphs else _Step)(model, optimiser, mixed)
+    step = (_GraphedStep if graphs and data.y.is_cuda else _Step)(model, optimiser, mixed)
     with _labels_checked(model, data.y):
         for index, kl in zip(batches, kl_weights):
             y = data.y[index]
@@ -371,8 +371,7 @@ def fit(
 ) -> list[dict]:  # Of each epoch: `epoch`, `train_bound`, `bound` (validation) and `accuracy`
     """Maximise the ELBO by Adam; keep the averaged weights of the best validation bound.
 
-    During the warm-up `train_bound` is no bound. `ValueError` if a loss is not finite.
-    """
+    During the warm-up `train_bound` is no bound. `ValueError` if a loss is not finite."""
     _check_arguments(epochs, lr, batch_size, seed, patience, warmup)
     path = _check_checkpoint(checkpoint) if checkpoint else None
     device = pick_device(device)
@@ -381,7 +380,6 @@ def fit(
     settings = dict(lr=float(lr), batch_size=int(batch_size), seed=int(seed), warmup=int(warmup))
     settings |= dict(amp=bool(amp), adversary=_describe(adversary), data=_fingerprint(train, valid))
     train, valid = (Images(images.x.to(device), images.y.to(device)) for images in (train, valid))
-    graphs = bool(graphs) and torch.device(device).type == 'cuda'
     run = _Run(model.to(device).requires_grad_(True), settings, adversary, graphs)
     if path and path.exists():
         run.resume(path)

@@ -58,12 +58,12 @@ def test_no_attack_is_left_out():
 def agree(one, other, is_real):
     """What an attack finds on this GPU is what it finds on the CPU, whose kernels a pretended one
     has; a real one rounds otherwise, which may move pixels of an untrained model by a level"""
-    assert (one.forwards - other.forwards <= 2).all()  # once more at the end, and for levels
     if is_real:
         is_near = (one.x_adv - other.x_adv).abs() < 1.5 / 255
         assert is_near.float().mean() > 0.9
         assert (one.success != other.success).sum() <= 1
         return
+    assert (one.forwards - other.forwards <= 2).all()  # once more at the end, and for levels
     assert one.y_adv.equal(other.y_adv) and one.success.equal(other.success)
     assert one.backwards.equal(other.backwards)
     assert torch.allclose(one.x_adv, other.x_adv, atol=1e-5)
