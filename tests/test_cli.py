@@ -145,6 +145,26 @@ def test_two_processes_train_what_one_trains(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / 'one').iterdir()} == before
 
 
+def test_a_name_says_how_a_model_is_trained(tmp_path, monkeypatch, capsys):
+    "Adversary, data and learning rate; what is given on the command line goes before"
+    asked = []
+    monkeypatch.setattr(
+        cli, 'load', lambda name, root: asked.append(name) or data.load('synthetic')
+    )
+    names = ['gfz_at', 'cnn_at_l2', 'cnn_noise50', 'gfz_mnist']
+    short = ['--images', '20', '--epochs', '1', '--no-progress', '--device', 'cpu']
+    status, *_ = run(capsys, 'train', *names, *short, '--folder', str(tmp_path))
+    assert status == 0 and asked == ['fashion_mnist', 'mnist']
+    told = {name: load_tensors(tmp_path / f'{name}.safetensors')[1]['info'] for name in names}
+    ends = ['steps=2, n_samples=1', 'p=2, eps=1.5', 'sigma=0.5']
+    assert all(told[name]['adversary'].endswith(end) for name, end in zip(names, ends))
+    assert told['gfz_mnist']['lr'] == 1e-4 and told['gfz_mnist']['data'] == 'mnist'
+    other = ['--data', 'synthetic', '--lr', '0.01', '--folder', str(tmp_path / 'other')]
+    assert run(capsys, 'train', 'cnn_mnist', *short, *other)[0] == 0
+    info = load_tensors(tmp_path / 'other' / 'cnn_mnist.safetensors')[1]['info']
+    assert (info['data'], info['lr']) == ('synthetic', 0.01)
+
+
 @pytest.mark.parametrize(
     'args, message',
     [

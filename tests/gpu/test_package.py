@@ -18,7 +18,7 @@ from genrobust.bench import (
 )
 from genrobust.data import load
 from genrobust.evaluation import evaluate
-from genrobust.models import FACTORISATIONS, load_pretrained, save_model
+from genrobust.models import FACTORISATIONS, Decoder, load_pretrained, predict, save_model
 from genrobust.numerics import batch_for, no_tf32, seeded
 from genrobust.study import Preset, run
 from genrobust.training import fit
@@ -131,6 +131,13 @@ def test_batches_grow_with_memory(gpu):
     x = torch.rand(1, 1, 28, 28)
     assert batch_for(x, 256) == 256 and batch_for(x.to('cuda'), 256) == 2048
     assert 1 <= batch_for(torch.rand(1, 3, 512, 512).to('cuda'), 256) < 256
+
+
+def test_the_decoder_takes_latents_in_parts():
+    clf, x = ready(classifier('GFZ')).fixed(0), some(3, 'cpu').x
+    whole = predict(clf, x)
+    with patch.object(Decoder, 'chunk_on_gpu', 7):
+        assert torch.allclose(predict(clf, x), whole, atol=1e-4)
 
 
 def test_the_study(tmp_path, gpu):
