@@ -92,13 +92,14 @@ def pgd_start(
     eps: float = 0.1,  # Radius of the ball
     steps: int = 5,  # Of PGD
     p: float = torch.inf,  # Norm
+    loss: str = 'ce',  # Of `pgd`
     n_samples: int | None = None,  # K of a Bayes classifier's logits; default: its own
 ) -> Tensor:  # Images to train on, `[B,1,28,28]`
     """What PGD makes of images that are classified correctly, each time from other random points
     (Madry et al., 2018)"""
     seed = torch.randint(2**31, ()).item()
     fixed = model.fixed(seed, n_samples)
-    return pgd(fixed, x, y, p=p, eps=eps, steps=steps, seed=seed).x_adv
+    return pgd(fixed, x, y, p=p, eps=eps, steps=steps, loss=loss, seed=seed).x_adv
 
 
 def noisy(
@@ -118,7 +119,7 @@ RECIPES = {
     'cnn': dict(dropout=0.5),
     'cnn_at': dict(dropout=0.2, adversary=pgd_start),
     'cnn_at_l2': dict(dropout=0.2, adversary=partial(pgd_start, p=2, eps=1.5)),
-    'gfz_at': dict(dropout=0.0, adversary=partial(pgd_start, steps=2, n_samples=1)),
+    'gfz_at': dict(dropout=0.0, adversary=partial(pgd_start, steps=2, loss='margin', n_samples=1)),
     'cnn_noise25': dict(dropout=0.5, adversary=partial(noisy, sigma=0.25)),
     'cnn_noise50': dict(dropout=0.5, adversary=partial(noisy, sigma=0.5)),
     'gfz_noise25': dict(dropout=0.0, adversary=partial(noisy, sigma=0.25)),
@@ -314,14 +315,14 @@ def _check(attack, given, n_classes):
         attack(model, torch.zeros(1, 1, 28, 28), **dict(given, progress=False))
 
 # %% ../nbs/27_cli.ipynb #27-014b
-def _model(args):
+def _model(args, name):
     "The model, if its weights are for the data set"
-    clf = load_pretrained(args.model, args.device)
+    clf = load_pretrained(name, args.device)
     class_names(args.data)  # an error for an unknown data set
     made = clf.info.get('data', args.data)
     if args.data not in ('synthetic', made):
         raise ValueError(
-            f'the weights of {args.model} are not for {args.data}: they were trained on {made}; '
+            f'the weights of {name} are not for {args.data}: they were trained on {made}; '
             f'give others, trained by genrobust train --data {args.data}, or --data {made}'
         )
     return clf
@@ -373,7 +374,7 @@ def _prepare(attack, args):
         raise ValueError('--one-vs-all targets every class in turn: leave --target out')
     _check_out(out, AttackResult.load)
     _check_out(csv, partial(_check_table, 'image,y,'))
-    clf = _model(args)
+    clf = _model(args, args.model)
     _check(attack, given, clf.n_classes)
     if args.one_vs_all:
         del given['target']
@@ -488,7 +489,7 @@ def _detect(args):
         raise ValueError(f'--out must name a .csv file, not {out}')
     _check_out(out, partial(_check_table, 'fpr,tpr,threshold,detector'))
     _check_result(result, args)
-    clf = _model(args)
+    clf = _model(args, args.model)
     _check_made_with(result, clf, args)
     found, frame = detect(clf, {'attack': result}, load(args.data, args.root), **given)
     curves = []
@@ -549,23 +550,48 @@ def _from_npz(file):
         raise ValueError(f'{file} is no .npz file with arrays x and y ({e})') from e
 
 # %% ../nbs/27_cli.ipynb #27-018q2
-def _evaluate(args):
-    given = {k: v for k, v in _given(args, evaluate).items() if k != 'images'}
-    given |= dict(bounds=tuple(args.bounds), say=_say)
+def _subject(args, name):
+    "A model to evaluate, and its images"
     from_file = isinstance(args.images, str)
-    if ':' in Path(args.model).name:
-        model = _foreign(args.model, args.device)
+    if ':' in Path(name).name:
+        model = _foreign(name, args.device)
     else:
-        model = load_pretrained(args.model, args.device) if from_file else _model(args)
+        model = load_pretrained(name, args.device) if from_file else _model(args, name)
     if from_file:
-        x, y = _from_npz(args.images)
-    else:
-        x, y = _first(load(args.data, args.root).test, args.images)
-        dry = ' (drawn by a program: a dry run)' * (args.data == 'synthetic')
-        _say(f'{args.model}: the first {len(y)} test images of {args.data}{dry}')
-    _say(f'\n{evaluate(model, x, y, **given)}')
+        return model, _from_npz(args.images)
+    return model, _first(load(args.data, args.root).test, args.images)
+
+
+def _which(args, n):
+    "Images, in words"
+    if isinstance(args.images, str):
+        return f'{n} images of {_line(args.images)}'
+    dry = ' (drawn by a program: a dry run)' * (args.data == 'synthetic')
+    return f'the first {n} test images of {args.data}{dry}'
+
+
+def _own_folder(args, name, p):
+    "Of one model and norm"
+    if args.folder is None or len(args.model) == len(args.p) == 1:
+        return args.folder
+    norm = 'linf' if p == torch.inf else f'l{p:g}'
+    return Path(args.folder) / f'{Path(name).name.replace(":", "-")}-{norm}'
+
+# %% ../nbs/27_cli.ipynb #27-018q5
+def _evaluate(args):
+    given = _given(args, evaluate) | dict(images=None, bounds=tuple(args.bounds), say=_say)
+    subjects = {name: _subject(args, name) for name in args.model}
+    left = list(product(subjects, args.p))
+    for wait in (False, True):  # first what no other process is at
+        for name, p in left.copy():
+            model, (x, y) = subjects[name]
+            _say(f'{name}: {_which(args, len(y))}')
+            given |= dict(p=p, wait=wait, folder=_own_folder(args, name, p))
+            if (report := evaluate(model, x, y, **given)) is not None:
+                left.remove((name, p))
+                _say(f'\n{report}\n')
     if args.folder is not None:
-        _say(f'\nWritten to {_line(args.folder)}')
+        _say(f'Written to {_line(args.folder)}')
 
 # %% ../nbs/27_cli.ipynb #27-018q3
 def _images_or_file(text):
@@ -576,10 +602,14 @@ def _images_or_file(text):
 def _add_evaluate(commands, common):
     about = 'say how robust a model is, at most, and whether to believe it'
     text = f'{about.capitalize()}: robust accuracy within each radius, with warnings.'
+    text += ' Several processes that are given the same --folder share the work.'
     parser = commands.add_parser('evaluate', parents=[common], help=about, description=text)
     parser.set_defaults(run=_evaluate)
     add = parser.add_argument
-    add('model', help=f'{_weights()}; or FILE.py:NAME, a model that a Python file makes')
+    models = add('model', nargs='+')
+    models.help = f'{_weights()}; or FILE.py:NAME, a model that a Python file makes'
+    norms = add('--p', type=float, nargs='+', default=(torch.inf,), metavar='FLOAT')
+    norms.help = 'norms: 1, 2 or inf (default: inf)'
     images = add('--images', type=_images_or_file, default=200, metavar='N|FILE')
     images.help = (
         'the first so many test images, or an .npz file with arrays x and y (default: 200)'
@@ -590,7 +620,7 @@ def _add_evaluate(commands, common):
     bounds = add('--bounds', type=float, nargs=2, default=(0.0, 1.0), metavar='FLOAT')
     bounds.help = 'smallest and largest value of a pixel (default: 0 1)'
     add('--size', choices=SIZES, default='standard').help = 'how much is done (default: standard)'
-    _options(parser, evaluate, without=('eps', 'images', 'size', 'progress'))
+    _options(parser, evaluate, without=('p', 'eps', 'images', 'size', 'progress', 'wait'))
 
 # %% ../nbs/27_cli.ipynb #27-018d
 _SIZES = [

@@ -56,11 +56,12 @@ from genrobust.attacks.inputs import (
 # %% ../nbs/19_evaluate.ipynb #19-005c
 from .attacks.result import AttackResult, norm, per_image, require
 from .attacks.score_based import square
+from .attacks.sphere import fmn
 from .diagnosis import Caution, answers_differ, cross_check, inspect_model
 from .ensembles import ensemble as ensemble
 from .ensembles import parameters_of
 from .ensembles import worst_case as worst_case
-from .files import digest, load_tensors, save_tensors, writable, write_whole
+from .files import claimed, digest, load_tensors, save_tensors, writable, write_whole
 from .numerics import check_seed, derive_seed, no_tf32, seeded
 from .statistics import clustered, wilson
 
@@ -117,8 +118,9 @@ class Rate(NamedTuple):
 class _Nearest:
     "The nearest adversarial example so far of each image, of a deterministic white box"
 
-    def __init__(self, subject, parts, predictions: Tensor):
-        self.subject, self.parts, self.names = subject, parts, []
+    def __init__(self, subject, parts, predictions: Tensor, jobs: list):
+        self.subject, self.parts, self.jobs = subject, parts, jobs
+        self.names = list(dict.fromkeys(job.name for job in jobs))
         x, y, wrong = subject.x, subject.y, predictions != subject.y
         self.distance = torch.full(y.shape, torch.inf, dtype=torch.float64, device=x.device)
         self.distance[wrong] = 0.0
@@ -134,9 +136,16 @@ class _Nearest:
             found_by=torch.full_like(y, -1),
         )
 
-    def attack(self, job, n: int, c: int, worth: float) -> None:
+    def attack(self, c: int, rates: dict) -> None:
+        "All jobs on chunk `c`, each on the images that are left to it."
+        for n, job in enumerate(self.jobs):
+            worth = job.seconds(rates) * len(self.subject.chunks[c]) / (1 if n < 2 else 2)
+            self.attack_once(job, n, c, worth)
+
+    def attack_once(self, job, n: int, c: int, worth: float) -> None:
         "Job `n` on what is left of chunk `c`; what is nearer takes its place."
         s, i = self.subject, self.subject.chunks[c]
+        self.parts.begin(job.name if job.eps is None else f'{job.name}, eps = {job.eps:g}')
         i = i[self.distance[i] > job.reach]
         if not len(i):
             return self.parts.tell(worth)
@@ -157,7 +166,6 @@ class _Nearest:
         size = size if job.eps is None else size.clamp_max(job.eps)  # it is, but for rounding
         better = found['success'] & (size < self.distance[i])
         k = i[better]
-        self.names.extend([job.name] * (job.name not in self.names))
         self.distance[k], result.found_by[k] = size[better], self.names.index(job.name)
         result.x_adv[k], result.y_adv[k] = found['x_adv'][better], found['y_adv'][better]
         result.success[k] = True
@@ -224,7 +232,7 @@ def _affordable(attacks, steps):
 
 
 def _white_box_jobs(
-    p: float,  # Norm: 2 or inf
+    p: float,  # Norm: 1, 2 or inf
     radii: Sequence[float],  # In ascending order
     size: str,  # A key of `SIZES`
     steps: float = math.inf,  # Most steps an image of all attacks of a kind
@@ -251,9 +259,15 @@ def _black_box_jobs(
     jobs = [_Job('Square', attack, eps, eps) for attack, eps in zip(within, radii)]
     return [_Job('HopSkipJump', jump), *jobs]
 
+# %% ../nbs/19_evaluate.ipynb #19-033s2
+def _fmn_within(model, x, y, *, eps, steps, **shared):
+    "FMN where its nearest example lies within a radius: no attack of the book has an l1 ball"
+    attacks = dict(FMN=partial(fmn, steps=steps))
+    return worst_case(model, x, y, p=1, eps=eps, attacks=attacks, **shared)
+
 
 def _average_jobs(
-    p: float,  # Norm: 2 or inf
+    p: float,  # Norm: 1, 2 or inf
     radii: Sequence[float],  # In ascending order
     size: str,  # A key of `SIZES`
     is_differentiable: bool,  # Whether there is a gradient
@@ -261,6 +275,9 @@ def _average_jobs(
     "Attacks on the average answer of a random model."
     if not is_differentiable:
         return _black_box_jobs(p, radii, SIZES[size].queries)[1:]
+    if p == 1:
+        walk = partial(_fmn_within, steps=SIZES[size].climbs)
+        return [_Job('FMN on averages', partial(walk, eps=eps), eps) for eps in radii]
     kinds = dict(margin='APGD on averages, margin', ce='APGD on averages, log-odds')
     climb = partial(apgd, p=p, steps=SIZES[size].climbs)
     return [
@@ -287,7 +304,12 @@ SIZES = dict(
     standard=Size(900, 2000, 40, 5, 50, 20),
     thorough=Size(math.inf, 10_000, 200, 20, 100, 100),
 )
-RADII = {2: (0.5, 1.0, 2.0), math.inf: (0.02, 0.05, 0.1)}  # By default; times the width of bounds
+RADII = {
+    1: (2.0, 5.0, 10.0),
+    2: (0.5, 1.0, 2.0),
+    math.inf: (0.02, 0.05, 0.1),
+}  # By default; times the width of bounds
+_NORMS = {1: 'l1', 2: 'l2', math.inf: 'l-infinity'}
 _CHUNK = 40  # Most images of a random model that share latents
 
 # %% ../nbs/19_evaluate.ipynb #19-040
@@ -452,7 +474,7 @@ class _Subject:
     inspected: nn.Module  # Images to logits
     x: Tensor  # `[N,...]`
     y: Tensor  # `[N]`
-    p: float  # Norm: 2 or inf
+    p: float  # Norm: 1, 2 or inf
     radii: list[float]  # In ascending order
     size: str  # A key of `SIZES`
     bounds: tuple  # As for attacks
@@ -519,9 +541,9 @@ class _Subject:
 class _Averages:
     "The strongest points so far of images of a random model, and what they do to its answers"
 
-    def __init__(self, subject, parts, nearest):
-        self.subject, self.parts, self.nearest = subject, parts, nearest
-        self.rows, self.points = [], {}
+    def __init__(self, subject, parts, nearest, jobs: list):
+        self.subject, self.parts, self.nearest, self.jobs = subject, parts, nearest, jobs
+        self.rows, self.points, self.clean = [], {}, {}
         self.wrong = torch.zeros_like(subject.y, dtype=torch.bool)
 
     def candidate(self, job, c: int, i: Tensor) -> dict:
@@ -536,15 +558,18 @@ class _Averages:
         scores['forwards'] = scores['forwards'] + found.forwards
         return dict(x_adv=found.x_adv, backwards=found.backwards, **scores)
 
-    def attack(self, jobs, c: int, i: Tensor, rates: dict) -> None:
-        "All jobs on images `i` of chunk `c`; the strongest point is scored on other answers."
+    def attack(self, c: int, rates: dict) -> None:
+        "All jobs on some of chunk `c`; the strongest point is scored on other answers."
         s, do = self.subject, self.parts.do
+        self.parts.begin('averages')
+        every, i = s.chunks[c], s.averaged_images()[c]
+        self.clean[c] = do(f'clean-{c:04}', lambda: s.score(s.x[every], every, 'clean'))['share']
         point = s.x[i]
         share = do(f'choose-{c:04}', lambda: s.score(point, i, 'choose'))['share']
         self.wrong[i] = share > 0.5
         for k, eps in enumerate(s.radii):
             known = [] if self.nearest is None else [_Job('fixed latents', None, eps)]
-            for n, job in enumerate(known + [job for job in jobs if job.eps == eps]):
+            for n, job in enumerate(known + [job for job in self.jobs if job.eps == eps]):
                 worth = 0 if job.attack is None else job.seconds(rates) * s.draws * len(i)
                 name, compute = f'average-{k:03}-{n:03}-{c:04}', partial(self.candidate, job, c, i)
                 found = do(name, compute, worth)
@@ -556,7 +581,7 @@ class _Averages:
 
     def keep(self, eps: float, c: int, i: Tensor, point: Tensor, scores: dict) -> None:
         "Rows for a table of all images, and the points."
-        self.points.setdefault(eps, []).append((i, point, scores['majority']))
+        self.points.setdefault(eps, {})[c] = i, point, scores['majority']
         columns = [scores[name].tolist() for name in ('share', 'majority', 'worst')]
         for image, *values in zip(i.tolist(), *columns):
             scored = dict(zip(('share', 'majority', 'worst'), values))
@@ -564,7 +589,8 @@ class _Averages:
 
     def within(self, eps: float) -> tuple[Tensor, AttackResult]:
         "Images, and their points within a radius, a success where most answers are wrong."
-        i, x_adv, majority = (torch.cat(parts) for parts in zip(*self.points[eps]))
+        parts = [part for _, part in sorted(self.points[eps].items())]
+        i, x_adv, majority = map(torch.cat, zip(*parts))
         wrong = self.wrong[i]
         x, y, zero = self.subject.x[i], self.subject.y[i], torch.zeros_like(i)
         success = majority.bool() & ~wrong
@@ -624,9 +650,8 @@ class Evaluation:
     def _lines(self):
         "What stands above the table, and below"
         s, n = self.settings, self.clean.n
-        norm_name = 'l2' if s['p'] == 2 else 'l-infinity'
         above = f'{s["model"]}, {n} images, size {s["size"]}: clean accuracy {self.clean}'
-        title = f'Upper bound of the robust accuracy by {norm_name} distance, 95 % interval:'
+        title = f'Upper bound of the robust accuracy by {_NORMS[s["p"]]} distance, 95 % interval:'
         passes = ' and '.join(f'{k:,} {name[:-1]}' for name, k in self.passes.items())
         below = [f'{passes} passes of an image in {self.seconds:.0f} s']
         if self.result is not None:
@@ -672,8 +697,7 @@ class Evaluation:
             errors = [of.rate - of.low, of.high - of.rate]
             shift = most * 0.006 * n
             ax.errorbar(of.eps + shift, of.rate, errors, fmt='o', capsize=3, label=name)
-        norm_name = 'l2' if self.settings['p'] == 2 else 'l-infinity'
-        ax.set(xlabel=f'{norm_name} distance', ylabel='robust accuracy, at most')
+        ax.set(xlabel=f'{_NORMS[self.settings["p"]]} distance', ylabel='robust accuracy, at most')
         ax.set(xlim=(0, most), ylim=(0, 1.02))
         ax.legend()
         return ax
@@ -759,6 +783,14 @@ class _Parts:
         self.tell(worth)
         return about | {k: v.to(self.device) for k, v in tensors.items()}
 
+    def chunks(self, n: int, wait: bool):
+        "0 to `n`, excluded, as this process may work on them."
+        if self.folder is None:
+            yield from range(n)
+        else:
+            chunks = {self.file(f'chunk-{c:04}'): c for c in range(n)}
+            yield from map(chunks.get, claimed(chunks, wait))
+
     def tell(self, worth: float) -> None:
         "That so many of the expected seconds are done."
         if self.bar is not None:
@@ -812,7 +844,10 @@ def _robust(subject, nearest, averages):
     import pandas as pd
 
     rows, s = [], subject
-    scores = pd.DataFrame(averages.rows) if averages else None
+    scores = None
+    if averages:
+        scores = pd.DataFrame(averages.rows).sort_values(['chunk', 'eps', 'image'])
+        scores = scores.reset_index(drop=True)
     for eps in s.radii:
         if nearest:
             kept, name = nearest.distance > eps, 'white box'
@@ -833,7 +868,7 @@ _COUNTS = {'one-shot': 'share', 'majority vote': 'majority', 'resubmission': 'wo
 # %% ../nbs/19_evaluate.ipynb #19-071
 def _check(p, eps, size, bounds, x):
     "Radii in ascending order, and images within bounds; a `ValueError` for what makes no sense"
-    require(p in (2, math.inf), f'p must be 2 or inf, found {p!r}')
+    require(p in tuple(_NORMS), f'p must be 1, 2 or inf, found {p!r}')
     require(size in SIZES, f'size must be one of {", ".join(SIZES)}, found {size!r}')
     x = within_bounds(x, bounds)
     if eps is None:
@@ -873,9 +908,10 @@ def _plan(subject, has_usable_gradient):
     s, size = subject, SIZES[subject.size]
     steps = size.steps if hasattr(s.model, 'per_class_logits') else math.inf
     white, average = [], []
+    require(s.p > 1 or s.is_differentiable, 'p = 1 needs gradients; evaluate with p = 2 or inf')
     if s.is_white_box and s.is_differentiable:
         white = _white_box_jobs(s.p, s.radii, s.size, steps)
-    if s.is_white_box and not has_usable_gradient:
+    if s.is_white_box and not has_usable_gradient and s.p > 1:
         white += _black_box_jobs(s.p, s.radii, size.queries)
     if s.is_random:
         average = _average_jobs(s.p, s.radii, s.size, s.is_differentiable)
@@ -909,29 +945,17 @@ def _duration(seconds):
     return f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.0f} min'
 
 # %% ../nbs/19_evaluate.ipynb #19-074
-def _attack_white_box(subject, parts, predictions, jobs, rates):
-    "The nearest adversarial examples; None where there is no deterministic model"
-    if not subject.is_white_box:
-        return None
-    nearest = _Nearest(subject, parts, predictions)
-    for n, job in enumerate(jobs):
-        parts.begin(job.name if job.eps is None else f'{job.name}, eps = {job.eps:g}')
-        for c, i in enumerate(subject.chunks):
-            nearest.attack(job, n, c, job.seconds(rates) * len(i) / (1 if n < 2 else 2))
-    return nearest
-
-
-def _attack_averages(subject, parts, nearest, jobs, rates):
-    "The strongest points of a random model, and the mean accuracy on the images as they are"
-    if not subject.is_random:
-        return None, None
-    parts.begin('averages')
-    averages, clean = _Averages(subject, parts, nearest), []
-    for c, i in enumerate(subject.chunks):
-        clean.append(parts.do(f'clean-{c:04}', lambda: subject.score(subject.x[i], i, 'clean')))
-    for c, i in enumerate(subject.averaged_images()):
-        averages.attack(jobs, c, i, rates)
-    return averages, 1 - torch.cat([part['share'] for part in clean])
+def _attack(subject, parts, predictions, plan, rates, wait):
+    "The nearest adversarial examples and averages, or None; whether no other process is at some"
+    white, average = plan
+    nearest = _Nearest(subject, parts, predictions, white) if subject.is_white_box else None
+    averages = _Averages(subject, parts, nearest, average) if subject.is_random else None
+    done = 0
+    for c in parts.chunks(len(subject.chunks), wait):
+        for attacker in filter(None, (nearest, averages)):
+            attacker.attack(c, rates)
+        done += 1
+    return nearest, averages, done == len(subject.chunks)
 
 # %% ../nbs/19_evaluate.ipynb #19-074s1
 def _cross_check(subject, nearest, averages, robust):
@@ -972,26 +996,30 @@ def _prepare(model, x, y, images, logits_of, own):
     return _Subject(net, x, y.to(x.device), **own)
 
 # %% ../nbs/19_evaluate.ipynb #19-076s1
-def _run(subject, parts, predictions, progress, say):
-    "Checks, the plan, attacks, and checks of these: what an `Evaluation` consists of"
+def _run(subject, parts, predictions, progress, say, wait):
+    """Checks, the plan, attacks, and checks of these: what an `Evaluation` consists of; None where
+    other processes are at parts of it"""
     s, inspected = subject, dict(bounds=subject.bounds, seed=subject.seed, size=subject.size)
     found = parts.do(
         'inspect', lambda: _checked(s, partial(inspect_model, s.inspected, s.x, s.y, **inspected))
     )['cautions']
     is_usable = s.is_differentiable and not any('gradient' in name for name, *_ in found)
-    white, average = _plan(s, is_usable)
+    plan = _plan(s, is_usable)
     rates = _seconds_of_passes(s.model, s.x)
-    expected = _expected(s, white, average, rates)
-    for line in _describe(s, white, average, expected):
+    expected = _expected(s, *plan, rates)
+    for line in _describe(s, *plan, expected):
         say(line)
     with parts.watched(expected, progress):
-        nearest = _attack_white_box(s, parts, predictions, white, rates)
-        averages, clean = _attack_averages(s, parts, nearest, average, rates)
+        nearest, averages, is_whole = _attack(s, parts, predictions, plan, rates, wait)
+        if not is_whole:
+            return None
         robust, scores = _robust(s, nearest, averages)
         parts.begin('checks')
         check = partial(_cross_check, s, nearest, averages, robust)
         found += parts.do('check', lambda: _checked(s, check))['cautions']
-    clean = (predictions == s.y).double() if clean is None else clean
+    clean = (predictions == s.y).double()
+    if averages:
+        clean = 1 - torch.cat([share for _, share in sorted(averages.clean.items())])
     return dict(
         clean=Rate.of(clean),
         robust=robust,
@@ -1004,12 +1032,11 @@ def _run(subject, parts, predictions, progress, say):
 # %% ../nbs/19_evaluate.ipynb #19-078
 def evaluate(
     model: Callable,  # Images to logits: a module in eval mode, or a function
-    # Images `[N,...]` within `bounds`, a tensor or array; or a pair, Dataset or DataLoader of
-    # images and labels
+    # Images `[N,...]` within `bounds`, or a pair, Dataset or DataLoader of images and labels
     x: Tensor | np.ndarray | Iterable,
     y: Tensor | np.ndarray | None = None,  # Labels `[N]`; None: they come with `x`
     *,
-    p: float = torch.inf,  # Norm: 2 or inf
+    p: float = torch.inf,  # Norm: 1, 2 or inf
     eps: float | Sequence[float] | None = None,  # Radii; default: `RADII`
     size: str = 'standard',  # 'quick', 'standard' or 'thorough': a key of `SIZES`
     bounds: tuple = (0, 1),  # Of pixels, as for attacks
@@ -1018,23 +1045,27 @@ def evaluate(
     images: int | None = None,  # Take only the first so many
     logits_of: Callable | None = None,  # Of what the model returns; default: its part `logits`
     batch_size: int | None = None,  # Images attacked at once; default 256
-    folder: str | Path | None = None,  # Where to keep what is done: a run that was ended goes on
+    folder: str
+    | Path
+    | None = None,  # Where a run that was ended goes on, and processes share work
+    wait: bool = True,  # For what other processes are at in `folder`
     progress: bool = True,  # Show the plan, and a bar
     say: Callable | None = None,  # Told the plan; default: `print`, where there is a bar
-) -> Evaluation:
+) -> Evaluation | None:  # None where it does not wait
     """How robust a model is, at most, and whether to believe it.
 
     A `ValueError` for input that makes no sense, and for a folder of another evaluation."""
-    own = dict(p=p, eps=eps, size=size, bounds=bounds, seed=seed)
-    own |= dict(draws=draws, batch_size=batch_size)
-    s = _prepare(model, x, y, images, logits_of, own)
+    own = dict(p=p, eps=eps, size=size, bounds=bounds, seed=seed, draws=draws)
+    s = _prepare(model, x, y, images, logits_of, own | dict(batch_size=batch_size))
     predictions = s.predictions()
     about = _about(s, model, predictions, sum(_plan(s, s.is_differentiable), []))
     parts = _Parts(_claim_folder(folder, about), s.x.device)
     say = say or (print if progress else lambda text: None)
     with warnings.catch_warnings():  # gradients that are not finite are a caution
         warnings.simplefilter('ignore', RuntimeWarning)
-        found = _run(s, parts, predictions, progress, say)
+        found = _run(s, parts, predictions, progress, say, wait)
+    if found is None:
+        return None
     report = Evaluation(**found, passes=parts.passes, seconds=parts.seconds, settings=about)
     if folder is not None:
         report.save(folder)

@@ -40,7 +40,7 @@ from genrobust.attacks import (
 )
 from .data import Images, Splits, digits, load, load_or_synthetic
 from .detection import detectors_from_logits, scores_from_logits
-from .files import digest, load_tensors, save_tensors, writable, write_whole
+from .files import claimed, digest, load_tensors, save_tensors, writable, write_whole
 from .models import build, load_pretrained, pick_device, predict, pretrained_names
 from .numerics import seeded
 from .training import fit, processes
@@ -264,14 +264,17 @@ class Study:
             say(f'measuring a stage again: {e}')
             return False
 
-    def measure(self, stages: list[Stage], on: str, progress: bool, say: Callable) -> None:
-        "Do those of `stages` that are not done yet, once all that are there have been read."
-        for stage in [stage for stage in stages if not self.is_done(stage, say)]:
+    def measure(self, on: str, progress: bool, say: Callable) -> None:
+        "Do what is not done yet and no other process is at; then wait for these, or do that too."
+        stages = {self.path(stage): stage for stage in self.stages}
+        for path in claimed(stages):
+            if self.is_done(stage := stages[path], say):
+                continue
             say(f'{stage.model.upper()}: {stage.what}, images {stage.first} to {stage.last - 1}')
             start, clf = time.perf_counter(), self.clfs[stage.model]
             tensors, seconds = stage.measure(clf, self.splits, self.preset.draws, progress)
             about = dict(seconds=seconds, spent=time.perf_counter() - start, on=on)
-            save_tensors(self.path(stage), tensors, **about, **self.stages[stage])
+            save_tensors(path, tensors, **about, **self.stages[stage])
 
     def results(self, models: list[str], attacks: list[str]) -> dict:
         "Model: attack: `AttackResult` of the first images."
@@ -422,12 +425,12 @@ def run(
             return _train_briefly(model, splits, device, progress)
         return load_pretrained(model, device)
 
-    with processes() as (rank, of):
+    with processes() as (rank, _):
         device = pick_device(device)
         if data == 'synthetic':
             tell(f'training {len(models)} models on synthetic images')
         study = Study(folder, name, preset, attacks, data, splits, _named(models, load_model))
-        study.measure(list(study.stages)[rank::of], _machine(device), progress, tell)
+        study.measure(_machine(device), progress, tell)
     if rank:
         return None
     _write(study, say)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from genrobust import evaluation
 from genrobust.cli import main
 from genrobust.data import Images
 from genrobust.evaluation import RADII, SIZES, Evaluation, ensemble, evaluate, worst_case
+from genrobust.files import claimed
 from genrobust.models import CNN, save_model
 
 NET = make_net()
@@ -65,7 +67,7 @@ def same(one, other):
 # --- the number
 
 
-@pytest.mark.parametrize('p, dual', [(2, 2), (math.inf, 1)])
+@pytest.mark.parametrize('p, dual', [(1, math.inf), (2, 2), (math.inf, 1)])
 def test_of_a_linear_model_the_robust_accuracy_is_exact(p, dual):
     torch.manual_seed(0)
     w, x = torch.randn(4, 20).double(), torch.rand(40, 20).double()
@@ -99,7 +101,7 @@ def test_of_a_linear_model_the_robust_accuracy_is_exact(p, dual):
     assert len(won) == 36 and (won >= 0).all() and len(names) >= won.max()
 
 
-@pytest.mark.parametrize('p', [2, math.inf])
+@pytest.mark.parametrize('p', [1, 2, math.inf])
 def test_it_is_never_above_the_worst_case_and_every_success_is_one(p):
     report = quick(NET, X, Y, p=p)
     assert report.robust.eps.tolist() == list(RADII[p])
@@ -329,6 +331,17 @@ def test_averages_meet_a_part_of_the_images_and_say_so():
     assert len(chunks) == 5 and chunks[1] == [12, 13, 14, 15]
 
 
+def test_for_p_1_a_random_model_is_met_by_averages_too_and_one_without_gradient_is_an_error():
+    report = quick(Latent(0.2), X, Y, p=1, eps=(1, 4))
+    ways = ['deterministic white box', *COUNTS]
+    assert report.robust.threat_model.tolist() == 2 * ways
+    shares = report.scores.groupby('eps').share.mean()
+    assert shares[1] < shares[4] and rates(report, 'one-shot')[1] < report.clean.rate
+    assert 'l1 distance' in repr(report)
+    with pytest.raises(ValueError, match='p = 1 needs gradients'):
+        quick(lambda x: NET(x).detach(), X, Y, p=1)
+
+
 # --- folders
 
 
@@ -352,12 +365,16 @@ quick(Latent(0.3), X, Y, eps=0.02, folder=sys.argv[1])
 """
 
 
-def test_a_killed_run_goes_on_to_equal_numbers(tmp_path):
-    folder, parts = tmp_path / 'killed', tmp_path / 'killed' / 'parts'
+def run_script(folder):
     tests = Path(__file__).resolve().parent
     paths = os.pathsep.join([str(tests), str(tests.parent), os.environ.get('PYTHONPATH', '')])
     env = dict(os.environ, PYTHONPATH=paths, OMP_NUM_THREADS='1')
-    process = subprocess.Popen([sys.executable, '-c', SCRIPT, str(folder)], env=env)
+    return subprocess.Popen([sys.executable, '-c', SCRIPT, str(folder)], env=env)
+
+
+def test_a_killed_run_goes_on_to_equal_numbers(tmp_path):
+    folder, parts = tmp_path / 'killed', tmp_path / 'killed' / 'parts'
+    process = run_script(folder)
     while len(list(parts.glob('attack*.safetensors'))) < 3:
         assert process.poll() is None
         time.sleep(0.01)
@@ -371,6 +388,31 @@ def test_a_killed_run_goes_on_to_equal_numbers(tmp_path):
     assert len(list(parts.iterdir())) > len(done)
     same(report, quick(Latent(0.3), X, Y, eps=0.02))
     same(Evaluation.load(folder), report)
+
+
+def test_processes_share_a_folder_and_one_may_be_killed(tmp_path):
+    parts = tmp_path / 'shared' / 'parts'
+    two = [run_script(parts.parent) for _ in range(2)]
+    while len(list(parts.glob('chunk*.lock'))) < 2:  # each is at a chunk of its own
+        assert all(process.poll() is None for process in two)
+        time.sleep(0.01)
+    two[0].send_signal(signal.SIGKILL)
+    assert [process.wait() for process in two] == [-signal.SIGKILL, 0]
+    same(Evaluation.load(parts.parent), quick(Latent(0.3), X, Y, eps=0.02))
+
+
+def test_what_another_process_is_at_is_waited_for_or_left(tmp_path):
+    other = claimed([tmp_path / 'parts' / 'chunk-0001.safetensors'])
+    next(other)
+    given = Latent(0.3), X, Y
+    assert quick(*given, eps=0.02, folder=tmp_path, wait=False) is None
+    done = {path.name.split('-')[-1] for path in tmp_path.glob('parts/attack*.safetensors')}
+    assert done == {f'000{c}.safetensors' for c in (0, 2, 3)}
+    threading.Timer(0.3, other.close).start()
+    begun = time.perf_counter()
+    report = quick(*given, eps=0.02, folder=tmp_path)
+    assert time.perf_counter() - begun > 0.25
+    same(report, quick(*given, eps=0.02))
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -468,7 +510,7 @@ def test_the_plan_is_said_before_it_starts(capsys):
 
 
 BAD = [
-    (dict(p=1), 'p must be 2 or inf'),
+    (dict(p=3), 'p must be 1, 2 or inf'),
     (dict(p='inf'), 'p must be'),
     (dict(eps=0), 'eps must be'),
     (dict(eps=(0.1, -1)), 'eps must be'),
@@ -550,7 +592,7 @@ def test_the_command_evaluates_what_a_file_makes(tmp_path, capsys):
         ([f'{net}:net', '--images', net], 'no .npz file'),
         ([f'{net}:net', *common, '--eps', 0.3, '--folder', folder], 'belongs to another'),
         ([f'{net}:net', *common, '--bounds', 0, 0.5], 'within bounds'),
-        ([f'{net}:net', *common, '--p', 1], 'p must be'),
+        ([f'{net}:net', *common, '--p', 3], 'p must be'),
         (['gpt', *common], 'no pretrained model'),
         (['cnn', '--images', 0], 'at least 1'),
     ]:
@@ -565,3 +607,24 @@ def test_the_command_evaluates_saved_weights_on_test_images(tmp_path, capsys, dr
     status, out, err = command(capsys, *args, '--p', 2, '--eps', 0.5)
     assert status == 0 and not err and 'the first 4 test images of synthetic' in out
     assert 'dry run' in out and 'l2' in out
+
+
+def test_the_command_evaluates_several_models_in_several_norms(tmp_path, capsys):
+    source = 'from test_models_of_all_kinds import make_net\nnet, other = make_net(), make_net(5.0)'
+    (tmp_path / 'net.py').write_text(source)
+    np.savez(tmp_path / 'mine.npz', x=X.numpy(), y=Y.numpy())
+    file, folder = tmp_path / 'net.py', tmp_path / 'out'
+    args = f'{file}:net', f'{file}:other', '--images', tmp_path / 'mine.npz', '--p', 2, 'inf'
+    args = *args, '--size', 'quick', '--folder', folder
+    other = claimed([folder / 'net.py-net-l2' / 'parts' / 'chunk-0000.safetensors'])
+    next(other)  # it is left for the end
+    threading.Timer(1.5, other.close).start()
+    status, out, err = command(capsys, *args)
+    assert status == 0 and not err and out.count('clean accuracy') == 4
+    found = sorted(path.name for path in folder.iterdir())
+    assert found == ['net.py-net-l2', 'net.py-net-linf', 'net.py-other-l2', 'net.py-other-linf']
+    for name, model, p in zip(found, 2 * [NET] + 2 * [make_net(5.0)], 2 * [2, math.inf]):
+        report = Evaluation.load(folder / name)
+        assert report.robust.equals(quick(model, X, Y, p=p).robust)
+    ends = [out.rindex(f'{file}:{name}: 12 images') for name in ('net', 'other')]
+    assert ends[0] > ends[1]
