@@ -9,7 +9,7 @@ ifneq ($(GENROBUST_DATA),)
 export GENROBUST_DATA := $(abspath $(GENROBUST_DATA))
 endif
 
-.PHONY: help reproduce study bench referee test test-gpu lint format sync notebooks-test wheel slow notebooks readme docs
+.PHONY: help reproduce study evaluations bench referee test test-gpu lint format sync notebooks-test wheel slow notebooks readme docs
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s%s\n", $$1, $$2}' Makefile
 
@@ -25,7 +25,8 @@ INSTALL := $(if $(shell command -v uv),uv pip install -q -p .venv,$(BIN)/pip ins
 reproduce: .venv/ready ## Measure what the report measured, in about five minutes on two cores
 	genrobust reproduce --preset quick
 
-STUDY := torchrun --no-python --nproc-per-node 2 genrobust reproduce --preset standard
+TWO := torchrun --no-python --nproc-per-node 2
+STUDY := $(TWO) genrobust reproduce --preset standard
 BALLS := L2_0.5 L2_1 L2_2 Linf_0.02 Linf_0.05 Linf_0.1
 STRONG := $(foreach form,Restarted Targeted,$(foreach ball,$(BALLS),'$(form) APGD, $(subst _, ,$(ball))'))
 study: .venv/ready ## Measure what results/ holds of the study again, in a few hours on two cores
@@ -33,6 +34,10 @@ study: .venv/ready ## Measure what results/ holds of the study again, in a few h
 	$(STUDY) --models cnn cnn_at --attacks Carlini-Wagner $(STRONG) --test 200 --carlini-wagner 200 --out results/strong
 	$(STUDY) --models gfz --attacks Carlini-Wagner --test 200 --carlini-wagner 200 --out results/strong_bayes
 	$(STUDY) --models dfx dbx gfy gby gbz --attacked 40 --carlini-wagner 5 --zoo 2 --apgd 40 --out results/others
+
+evaluations: .venv/ready ## Evaluate our models by the call for yours, in about TIME on two cores; it goes on where it stopped
+	$(TWO) genrobust evaluate cnn cnn_at cnn_at_l2 --p 2 inf --images 1000 --folder results/evaluate
+	$(TWO) genrobust evaluate gfz gfz_at --p 2 inf --images 40 --folder results/evaluate
 
 bench: .venv/ready ## Time the attacks beside those of other libraries, which are installed for it
 	$(INSTALL) -e '.[bench]'

@@ -706,7 +706,7 @@ class Evaluation:
         self,
         folder: str | Path,  # Files in it are replaced
     ) -> None:
-        "Write `evaluation.json`, `robust.csv` and tensors; an `OSError` if that cannot be done."
+        "Write `evaluation.json`, tables and tensors; an `OSError` if that cannot be done."
         folder = Path(folder)
         names = 'clean', 'passes', 'seconds', 'settings'
         about = {name: getattr(self, name) for name in names}
@@ -714,8 +714,10 @@ class Evaluation:
         about['warnings'] = [c._asdict() for c in self.warnings]
         about['scores'] = None if self.scores is None else self.scores.to_dict('records')
         if self.result is not None:
-            tensors = dict(self.result.tensors(), distance=self.distance)
+            tensors = self.result.tensors()
             save_tensors(folder / 'result.safetensors', tensors, settings=self.result.settings)
+            rows = self.result.to_frame().assign(distance=self.distance.numpy())
+            write_whole(folder / 'images.csv', rows.to_csv(index_label='image'))
         write_whole(folder / 'robust.csv', self.robust.to_csv(index=False))
         write_whole(folder / 'evaluation.json', json.dumps(about, indent=1) + '\n')
 
@@ -724,7 +726,8 @@ class Evaluation:
         cls,
         folder: str | Path,  # That `save` wrote, or `evaluate`
     ) -> 'Evaluation':
-        "Read what was saved; a `ValueError` if it is not there, or corrupt."
+        """Read what was saved; a `ValueError` if it is not there, or corrupt. Without
+        `result.safetensors`, which grows with the images, `result` is None."""
         import pandas as pd
 
         file, result, distance = Path(folder) / 'evaluation.json', None, None
@@ -735,9 +738,10 @@ class Evaluation:
             about['warnings'] = [Caution(**c) for c in about['warnings']]
             for name in ('robust', 'scores'):
                 about[name] = None if about[name] is None else pd.DataFrame(about[name])
+            if file.with_name('images.csv').exists():
+                distance = torch.tensor(pd.read_csv(file.with_name('images.csv')).distance)
             if file.with_name('result.safetensors').exists():
                 tensors, metadata = load_tensors(file.with_name('result.safetensors'))
-                distance = tensors.pop('distance')
                 result = AttackResult.of(tensors, metadata['settings'])
             return cls(**about, result=result, distance=distance)
         except (ValueError, TypeError, KeyError, AttributeError) as e:

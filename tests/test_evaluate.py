@@ -423,6 +423,10 @@ def test_what_is_saved_is_loaded(tmp_path):
         same(loaded, report)
         assert repr(loaded) == repr(report) and loaded._repr_html_() == report._repr_html_()
         assert loaded.curve.equals(report.curve)
+        (tmp_path / str(n) / 'result.safetensors').unlink(missing_ok=True)
+        small = Evaluation.load(tmp_path / str(n))
+        assert small.result is None and small.curve.equals(report.curve)
+        assert small.table().equals(report.table())
 
 
 def test_a_finished_folder_is_not_attacked_again(tmp_path, monkeypatch):
