@@ -35,9 +35,9 @@ study: .venv/ready ## Measure what results/ holds of the study again, in a few h
 	$(STUDY) --models gfz --attacks Carlini-Wagner --test 200 --carlini-wagner 200 --out results/strong_bayes
 	$(STUDY) --models dfx dbx gfy gby gbz --attacked 40 --carlini-wagner 5 --zoo 2 --apgd 40 --out results/others
 
-evaluations: .venv/ready ## Evaluate our models by the call for yours, in about TIME on two cores; it goes on where it stopped
-	$(TWO) genrobust evaluate cnn cnn_at cnn_at_l2 --p 2 inf --images 1000 --folder results/evaluate
-	$(TWO) genrobust evaluate gfz gfz_at --p 2 inf --images 40 --folder results/evaluate
+IMAGES ?= 200
+evaluations: .venv/ready ## Evaluate our models by the call for yours, in half a day on two cores; it goes on where it stopped
+	$(TWO) genrobust evaluate cnn cnn_at cnn_at_l2 gfz gfz_at dfz --p 2 inf --images $(IMAGES) --folder results/evaluate
 
 bench: .venv/ready ## Time the attacks beside those of other libraries, which are installed for it
 	$(INSTALL) -e '.[bench]'
@@ -50,7 +50,7 @@ referee: .venv/ready ## Compare the attacks with those of other libraries by the
 	genrobust bench --optimality
 
 test: .venv/ready lint sync notebooks-test wheel test-gpu ## All tests: style, notebooks and modules in step, fast cells, the wheel, a pretended GPU, pytest
-	OMP_NUM_THREADS=1 pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 pytest -q -n 2 --durations=15 tests
 
 # A pretended GPU hangs on the insides of PyTorch: where it does not work with the one in .venv, it gets the last that it was
 # seen to work with, in an environment of its own. `pretended_gpu.py` says whether it works; tests are skipped where it cannot.

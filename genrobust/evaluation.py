@@ -614,7 +614,7 @@ class Evaluation:
     clean: Rate  # Accuracy before any attack; of a random model, the mean of resampled answers
     # An upper bound of the robust accuracy: `eps, threat_model, rate, low, high, n`
     robust: 'pd.DataFrame'
-    warnings: list[Caution]  # None for an honest model
+    warnings: list[Caution] | None  # Empty for an honest model; None: not checked
     # The nearest adversarial example of each image; None where a random model has no fixed latents
     result: AttackResult | None
     distance: Tensor | None  # Its distance `[N]`; 0 where misclassified before, inf where none
@@ -659,25 +659,29 @@ class Evaluation:
             below.append('nearest by ' + ', '.join(f'{k} {v}' for k, v in won.items()))
         return above, title, below
 
+    def _verdict(self):
+        if self.warnings is None:
+            return 'Not checked for signs of a failed attack.'
+        return 'Cautions, with evidence:' if self.warnings else 'No warning.'
+
     def __repr__(self):
         above, title, below = self._lines()
         lines = [above, '', title, self.table().to_string(index=False), '']
-        lines += ['No warning.'] if not self.warnings else ['Cautions, with evidence:']
-        lines += [f'- {c.name} ({c.evidence:.3g}): {c.advice}' for c in self.warnings]
+        lines += [self._verdict()]
+        lines += [f'- {c.name} ({c.evidence:.3g}): {c.advice}' for c in self.warnings or []]
         return '\n'.join([*lines, '', *below])
 
     def _repr_html_(self):
         above, title, below = self._lines()
         warned = [
             f'<li><b>{escape(c.name)}</b> ({c.evidence:.3g}): {escape(c.advice)}</li>'
-            for c in self.warnings
+            for c in self.warnings or []
         ]
-        verdict = 'No warning.' if not warned else 'Cautions, with evidence:'
         parts = [
             f'<p>{escape(above)}</p><p>{escape(title)}</p>',
             _html_table(self.table()),
         ]
-        parts += [f'<p>{verdict}</p>', f'<ul>{"".join(warned)}</ul>' if warned else '']
+        parts += [f'<p>{self._verdict()}</p>', f'<ul>{"".join(warned)}</ul>' if warned else '']
         return ''.join([*parts, f'<p>{escape("; ".join(below))}</p>'])
 
     def plot(
@@ -711,7 +715,7 @@ class Evaluation:
         names = 'clean', 'passes', 'seconds', 'settings'
         about = {name: getattr(self, name) for name in names}
         about['robust'] = self.robust.to_dict('records')
-        about['warnings'] = [c._asdict() for c in self.warnings]
+        about['warnings'] = self.warnings and [c._asdict() for c in self.warnings]
         about['scores'] = None if self.scores is None else self.scores.to_dict('records')
         if self.result is not None:
             tensors = self.result.tensors()
@@ -735,7 +739,7 @@ class Evaluation:
         try:
             about = json.loads(file.read_text(encoding='utf-8'))
             about['clean'] = Rate(*about['clean'])
-            about['warnings'] = [Caution(**c) for c in about['warnings']]
+            about['warnings'] = about['warnings'] and [Caution(**c) for c in about['warnings']]
             for name in ('robust', 'scores'):
                 about[name] = None if about[name] is None else pd.DataFrame(about[name])
             if file.with_name('images.csv').exists():
@@ -755,8 +759,11 @@ class _Parts:
         self,
         folder: Path | None,  # Where to keep them
         device: torch.device,  # Where tensors go
+        progress: bool,  # Show a bar
+        say: Callable | None,  # Told what will be done; None: `print`, where there is a bar
     ):
-        self.folder, self.device, self.bar = folder, device, None
+        self.folder, self.device, self.progress, self.bar = folder, device, progress, None
+        self.say = say or (print if progress else lambda text: None)
         self.passes, self.seconds = dict(forwards=0, backwards=0), 0.0
 
     def file(self, name: str) -> Path | None:
@@ -810,10 +817,10 @@ class _Parts:
         self.bar.set_description(what)
 
     @contextmanager
-    def watched(self, seconds: float, progress: bool):
+    def watched(self, seconds: float):
         "With a bar of the expected seconds."
         form = '{desc}{percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left'
-        with tqdm(total=seconds, bar_format=form, disable=not progress) as self.bar:
+        with tqdm(total=seconds, bar_format=form, disable=not self.progress) as self.bar:
             yield
 
 # %% ../nbs/19_evaluate.ipynb #19-052
@@ -1000,34 +1007,34 @@ def _prepare(model, x, y, images, logits_of, own):
     return _Subject(net, x, y.to(x.device), **own)
 
 # %% ../nbs/19_evaluate.ipynb #19-076s1
-def _run(subject, parts, predictions, progress, say, wait):
+def _run(subject, parts, predictions, wait, checks):
     """Checks, the plan, attacks, and checks of these: what an `Evaluation` consists of; None where
     other processes are at parts of it"""
     s, inspected = subject, dict(bounds=subject.bounds, seed=subject.seed, size=subject.size)
-    found = parts.do(
-        'inspect', lambda: _checked(s, partial(inspect_model, s.inspected, s.x, s.y, **inspected))
-    )['cautions']
+    look = partial(inspect_model, s.inspected, s.x, s.y, **inspected)
+    found = parts.do('inspect', lambda: _checked(s, look))['cautions'] if checks else []
     is_usable = s.is_differentiable and not any('gradient' in name for name, *_ in found)
     plan = _plan(s, is_usable)
     rates = _seconds_of_passes(s.model, s.x)
     expected = _expected(s, *plan, rates)
     for line in _describe(s, *plan, expected):
-        say(line)
-    with parts.watched(expected, progress):
+        parts.say(line)
+    with parts.watched(expected):
         nearest, averages, is_whole = _attack(s, parts, predictions, plan, rates, wait)
         if not is_whole:
             return None
         robust, scores = _robust(s, nearest, averages)
-        parts.begin('checks')
-        check = partial(_cross_check, s, nearest, averages, robust)
-        found += parts.do('check', lambda: _checked(s, check))['cautions']
+        if checks:
+            parts.begin('checks')
+            check = partial(_cross_check, s, nearest, averages, robust)
+            found += parts.do('check', lambda: _checked(s, check))['cautions']
     clean = (predictions == s.y).double()
     if averages:
         clean = 1 - torch.cat([share for _, share in sorted(averages.clean.items())])
     return dict(
         clean=Rate.of(clean),
         robust=robust,
-        warnings=[Caution(*c) for c in found],
+        warnings=[Caution(*c) for c in found] if checks else None,
         result=nearest and nearest.within().to('cpu'),
         distance=nearest and nearest.distance.cpu(),
         scores=scores,
@@ -1053,6 +1060,7 @@ def evaluate(
     | Path
     | None = None,  # Where a run that was ended goes on, and processes share work
     wait: bool = True,  # For what other processes are at in `folder`
+    checks: bool = True,  # Look for signs that speak against the result
     progress: bool = True,  # Show the plan, and a bar
     say: Callable | None = None,  # Told the plan; default: `print`, where there is a bar
 ) -> Evaluation | None:  # None where it does not wait
@@ -1063,11 +1071,10 @@ def evaluate(
     s = _prepare(model, x, y, images, logits_of, own | dict(batch_size=batch_size))
     predictions = s.predictions()
     about = _about(s, model, predictions, sum(_plan(s, s.is_differentiable), []))
-    parts = _Parts(_claim_folder(folder, about), s.x.device)
-    say = say or (print if progress else lambda text: None)
+    parts = _Parts(_claim_folder(folder, about), s.x.device, progress, say)
     with warnings.catch_warnings():  # gradients that are not finite are a caution
         warnings.simplefilter('ignore', RuntimeWarning)
-        found = _run(s, parts, predictions, progress, say, wait)
+        found = _run(s, parts, predictions, wait, checks)
     if found is None:
         return None
     report = Evaluation(**found, passes=parts.passes, seconds=parts.seconds, settings=about)

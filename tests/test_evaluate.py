@@ -429,6 +429,15 @@ def test_what_is_saved_is_loaded(tmp_path):
         assert small.table().equals(report.table())
 
 
+def test_checks_may_be_left_out_and_the_report_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, 'inspect_model', NEVER)
+    monkeypatch.setattr(evaluation, 'cross_check', NEVER)
+    report = quick(NET, X, Y, eps=0.1, checks=False, folder=tmp_path)
+    assert report.warnings is None and 'Not checked' in repr(report)
+    assert 'Not checked' in report._repr_html_()
+    same(Evaluation.load(tmp_path), report)
+
+
 def test_a_finished_folder_is_not_attacked_again(tmp_path, monkeypatch):
     report = quick(NET, X, Y, folder=tmp_path)
     monkeypatch.setattr(evaluation, 'worst_case', NEVER)
