@@ -54,7 +54,7 @@ def readme():
     )
     text = re.sub(r'(\]\([^)]+\))\{[^}]*\}', r'\1', text)  # classes of links, buttons say
     text = re.sub(
-        r'\]\((\w+\.ipynb)(#\w+)?\)', r'](nbs/\1\2)', text
+        r'\]\((\w+\.ipynb)(#[-\w]+)?\)', r'](nbs/\1\2)', text
     )  # pages of the site are files in nbs/
     for alt in alts:
         text = text.replace('![png]', f'![{alt}]', 1)

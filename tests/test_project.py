@@ -52,7 +52,7 @@ def test_readme_is_the_index():
         str(path.relative_to(ROOT)): path.read_bytes()
         for path in (ROOT / 'results/readme').iterdir()
     } == figures, 'run: make readme'
-    links = re.findall(r'\]\(([^)#:]+)\)', text)
+    links = re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', text)
     assert links and all((ROOT / link).exists() for link in links), links
 
 
