@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import random
 import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,15 @@ from safetensors.torch import save
 
 from genrobust import files
 from genrobust.data import Images, synthetic
-from genrobust.files import beside, digest, load_tensors, save_tensors, writable, write_whole
+from genrobust.files import (
+    beside,
+    claimed,
+    digest,
+    load_tensors,
+    save_tensors,
+    writable,
+    write_whole,
+)
 from genrobust.models import (
     CNN,
     BayesClassifier,
@@ -553,3 +563,47 @@ def test_a_bar_leaves_one_line_for_each_epoch(capsys):
     fit(CNN(hidden=20), few, few, epochs=2, batch_size=20, device='cpu')
     lines = capsys.readouterr().out.splitlines()
     assert [line[:8] for line in lines] == ['epoch 0:', 'epoch 1:']
+
+
+def make_all(paths):
+    "What a process does that shares the work; each file says who made it"
+    for path in claimed(paths):
+        if not path.exists():
+            time.sleep(0.02)
+            write_whole(path, f'{path.name} {os.getpid()}')
+
+
+def start_process(paths):
+    child = os.fork()
+    if not child:
+        make_all(paths)
+        os._exit(0)
+    return child
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='starts processes by fork')
+def test_of_four_processes_one_is_killed_twenty_times_and_nothing_is_missing(tmp_path):
+    paths, rng = [tmp_path / f'{n:03}' for n in range(100)], random.Random(0)
+    running = [start_process(paths) for _ in range(4)]
+    for _ in range(20):
+        time.sleep(rng.uniform(0.005, 0.03))
+        killed = running.pop(rng.randrange(4))
+        os.kill(killed, signal.SIGKILL)
+        os.waitpid(killed, 0)
+        running.append(start_process(paths))
+    assert not all(path.exists() for path in paths)  # they were killed at work
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in running] == 4 * [0]
+    texts = [path.read_text().split() for path in paths]
+    assert [name for name, _ in texts] == [path.name for path in paths]
+    assert len({process for _, process in texts}) > 3
+    assert not list(tmp_path.glob('*.lock'))
+
+
+def test_what_another_is_at_is_left_out_or_waited_for(tmp_path):
+    a, b = tmp_path / 'a', tmp_path / 'b'
+    first = claimed([a, b])
+    assert next(first) == a
+    assert list(claimed([a, b], wait=False)) == [b]  # each claim ends where the next begins
+    assert next(first) == b and list(claimed([b], wait=False)) == []
+    first.close()
+    assert list(claimed([a, b])) == [a, b] and not list(tmp_path.iterdir())
