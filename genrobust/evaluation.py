@@ -1056,9 +1056,7 @@ def evaluate(
     images: int | None = None,  # Take only the first so many
     logits_of: Callable | None = None,  # Of what the model returns; default: its part `logits`
     batch_size: int | None = None,  # Images attacked at once; default 256
-    folder: str
-    | Path
-    | None = None,  # Where a run that was ended goes on, and processes share work
+    folder: str | Path | None = None,  # Where an ended run goes on, and processes share work
     wait: bool = True,  # For what other processes are at in `folder`
     checks: bool = True,  # Look for signs that speak against the result
     progress: bool = True,  # Show the plan, and a bar
