@@ -266,9 +266,9 @@ class Study:
 
     def measure(self, on: str, progress: bool, say: Callable) -> None:
         "Do what is not done yet and no other process is at; then wait for these, or do that too."
-        stages = {self.path(stage): stage for stage in self.stages}
-        for path in claimed(stages):
-            if self.is_done(stage := stages[path], say):
+        left = {self.path(stage): stage for stage in self.stages if not self.is_done(stage, say)}
+        for path in claimed(left):
+            if self.is_done(stage := left[path], lambda text: None):  # by another process
                 continue
             say(f'{stage.model.upper()}: {stage.what}, images {stage.first} to {stage.last - 1}')
             start, clf = time.perf_counter(), self.clfs[stage.model]
