@@ -156,7 +156,7 @@ def test_a_name_says_how_a_model_is_trained(tmp_path, monkeypatch, capsys):
     status, *_ = run(capsys, 'train', *names, *short, '--folder', str(tmp_path))
     assert status == 0 and asked == ['fashion_mnist', 'mnist']
     told = {name: load_tensors(tmp_path / f'{name}.safetensors')[1]['info'] for name in names}
-    ends = ["loss='margin', n_samples=1", 'p=2, eps=1.5', 'sigma=0.5']
+    ends = ['loss=margin, n_samples=1', 'p=2, eps=1.5', 'sigma=0.5']
     assert all(told[name]['adversary'].endswith(end) for name, end in zip(names, ends))
     assert told['gfz_mnist']['lr'] == 1e-4 and told['gfz_mnist']['data'] == 'mnist'
     other = ['--data', 'synthetic', '--lr', '0.01', '--folder', str(tmp_path / 'other')]
