@@ -583,10 +583,12 @@ def start_process(paths):
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='starts processes by fork')
 def test_of_four_processes_one_is_killed_twenty_times_and_nothing_is_missing(tmp_path):
-    paths, rng = [tmp_path / f'{n:03}' for n in range(100)], random.Random(0)
+    paths, rng = [tmp_path / f'{n:03}' for n in range(200)], random.Random(0)
     running = [start_process(paths) for _ in range(4)]
-    for _ in range(20):
-        time.sleep(rng.uniform(0.005, 0.03))
+    for kills in range(20):
+        while sum(path.exists() for path in paths) < 4 * kills:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
         killed = running.pop(rng.randrange(4))
         os.kill(killed, signal.SIGKILL)
         os.waitpid(killed, 0)
