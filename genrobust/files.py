@@ -146,7 +146,7 @@ def claimed(
     """Each path while this process alone may make the file: until the next is asked for.
 
     First those that no process is at, then the others. See whether the file is there before you
-    make it: another process may have left it."""
+    make it: another process may have left it. An `OSError` where no file can be beside it."""
     left = list(paths)
     for waits in (False, True)[: 1 + wait]:
         for path in left.copy():
