@@ -37,7 +37,7 @@ study: .venv/ready ## Measure what results/ holds of the study again, in a few h
 
 IMAGES ?= 200
 evaluations: .venv/ready ## Evaluate our models by the call for yours, in half a day on two cores, by its plan; it goes on where it stopped
-	$(TWO) genrobust evaluate cnn cnn_at cnn_at_l2 gfz gfz_at dfz --p 2 inf --images $(IMAGES) --folder results/evaluate/$(IMAGES)
+	$(TWO) -- genrobust evaluate cnn cnn_at cnn_at_l2 gfz gfz_at dfz --p 2 inf --images $(IMAGES) --folder results/evaluate/$(IMAGES)
 
 bench: .venv/ready ## Time the attacks beside those of other libraries, which are installed for it
 	$(INSTALL) -e '.[bench]'
