@@ -32,7 +32,7 @@ from .bench import bench
 from .data import DataError, Images, Splits, class_names, load
 from .detection import check_detect, detect, detected, evaded
 from .evaluation import RADII, SIZES, evaluate
-from .files import digest, load_tensors, writable, write_whole
+from .files import claimed, digest, load_tensors, writable, write_whole
 from genrobust.models import (
     LOG_NORMALISER,
     build,
@@ -167,7 +167,7 @@ def _job(args, name, seed):
     _check_out(checkpoint)  # `fit` reads it
     _check_fit(clf, how)
     how['data'] = data
-    return data, partial(_fit_one, args, clf=clf, out=out, checkpoint=checkpoint, how=how)
+    return out, data, partial(_fit_one, args, clf=clf, out=out, checkpoint=checkpoint, how=how)
 
 # %% ../nbs/27_cli.ipynb #27-011d
 def _thin(images, label):
@@ -198,7 +198,7 @@ def _said_of(adversary):
 
 
 def _fit_one(args, splits, clf, out, checkpoint, how):
-    "Fit, score and save, unless that was done before; say how it went"
+    "Fit, score and save, unless that was done before: a line that says how it went"
     train, valid = (_thin(part, args.scarce) for part in (splits.train, splits.valid))
     given = {k: v for k, v in how.items() if k != 'data'}
     history = fit(clf, train, valid, checkpoint=checkpoint, **given)
@@ -211,7 +211,7 @@ def _fit_one(args, splits, clf, out, checkpoint, how):
         scores |= _scores(clf, 'test', splits.test, how['seed'])
         save_model(clf, out, **info, **scores)
     scores = load_tensors(out)[1]['info']
-    _say(
+    return (
         f'{_line(out)}: {clf.name} after {len(history)} epochs on {how["data"]}; '
         f'accuracy {scores["valid_accuracy"]:.4f} (validation, {len(splits.valid.y)} images), '
         f'{scores["test_accuracy"]:.4f} (test, {len(splits.test.y)} images)'
@@ -222,24 +222,28 @@ def _train(args):
     if not args.all and not args.model:
         raise ValueError('name the models to train, or give --all')
     names, seeds = map(str.lower, RECIPES if args.all else args.model), dict.fromkeys(args.seed)
-    jobs = [_job(args, *job) for job in product(dict.fromkeys(names), seeds)]
-    if args.out is not None and len(jobs) > 1:
+    found = [_job(args, *job) for job in product(dict.fromkeys(names), seeds)]
+    if args.out is not None and len(found) > 1:
         raise ValueError(
-            f'--out names one file, and there are {len(jobs)} models to train; '
+            f'--out names one file, and there are {len(found)} models to train; '
             '--folder takes them all'
         )
     pick_device(args.device)
+    jobs = {out: job for out, *job in found}
     splits = {
         data: Splits(*[_first(part, args.images) for part in load(data, args.root)])
-        for data in dict.fromkeys(data for data, _ in jobs)
+        for data in dict.fromkeys(data for data, _ in jobs.values())
     }
     failed = []
-    with processes() as (rank, of):
-        for data, job in jobs[rank::of]:
+    with processes() as (rank, _):
+        for data, job in map(jobs.get, claimed(jobs)):
             try:
-                job(splits[data])
+                said = job(splits[data])
             except ValueError as e:
                 failed.append(str(e))
+            else:
+                if rank == 0:  # it comes to those that others trained too
+                    _say(said)
     if failed:
         raise ValueError('; '.join(failed))
 
@@ -249,7 +253,7 @@ _MAX_SEED = 2**63 // 100_000 - 1  # `fit` counts epochs from 100,000 times the s
 # %% ../nbs/27_cli.ipynb #27-011fs1
 def _add_train(commands, common):
     about = 'train models, or go on where they stopped'
-    torchrun = 'Under torchrun --no-python every process takes its share of them.'
+    torchrun = 'Several processes share the work, under torchrun --no-python or each by itself.'
     text = f'{about.capitalize()}. {torchrun}'
     train = commands.add_parser('train', parents=[common], help=about, description=text)
     train.set_defaults(run=_train)
