@@ -23,7 +23,7 @@ from genrobust.models import (
     logits_by_draw,
     predict,
 )
-from .numerics import derive_seed, seeded
+from .numerics import derive_seed, fix_latents, seeded
 
 # %% ../nbs/11_adaptive.ipynb #11-005z
 __getattr__ = renamed(
@@ -47,7 +47,7 @@ class AttackView(nn.Module):
         super().__init__()
         require(isinstance(model, nn.Module), f'expected a model, found {type(model).__name__}')
         noise = getattr(model, 'noise_settings', {})
-        is_fixed = not hasattr(model, 'fixed') or model.fixed(0) is model
+        is_fixed = fix_latents(model) is model
         require(
             is_fixed and noise != 'fresh',
             f'{type(model).__name__} is stochastic: give its fixed(seed) or averaged(draws, seed)',
@@ -197,7 +197,7 @@ def attack_with_detector(
 ) -> AttackResult:  # Images rejected before the attack are `initially_wrong`
     """Attack classifier and detector together; in `y_adv` of the result `REJECTED` is a label. A
     `ValueError` for a detector of another network, or one without a threshold."""
-    view = DetectorAugmented(model.fixed(seed) if hasattr(model, 'fixed') else model, detector)
+    view = DetectorAugmented(fix_latents(model, seed), detector)
     values = predict(view, x)[:, :-1]
     n_classes = values.shape[1]
     y = as_labels(y, len(x), x.device, 'y')

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
-from inspect import isclass, isfunction, signature
+from inspect import isclass, signature
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -295,11 +295,7 @@ def _add_train(commands, common):
 # %% ../nbs/27_cli.ipynb #27-013
 def _attacks():
     "Every attack there is, by name"
-    return {
-        name: f
-        for name, f in vars(attacks).items()
-        if isfunction(f) and list(signature(f).parameters)[:3] == ['model', 'x', 'y']
-    }
+    return {name: getattr(attacks, name) for name in attacks.list_attacks()}
 
 
 class _Asked(Exception):

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attacks.inputs import check_model
 from .attacks.result import require
 from .data import Images, check_images
 from .detection import roc
 from .files import digest, writable, write_whole
-from .models import LOG_NORMALISER, load_pretrained, predict
-from .numerics import check_seed, derive_seed
+from .models import LOG_NORMALISER, load_models, predict
+from .numerics import check_seed, derive_seed, fix_latents
 from .statistics import holm, mcnemar, wilson
 
 # %% ../nbs/40_corruptions.ipynb #40-010
@@ -289,8 +290,8 @@ def read_corruptions(
 
 # %% ../nbs/40_corruptions.ipynb #40-033
 def _named(models):
-    "Models, or names by which to load them, by the names of their files"
-    named = models if isinstance(models, dict) else {Path(m).stem: m for m in models}
+    "Models by name"
+    named = models if isinstance(models, dict) else load_models(models)
     require(len(named) > 0, 'models holds none')
     for name in named:
         require(Path(name).name == name, f'a model is named as a file can be, found {name!r}')
@@ -356,11 +357,10 @@ def measure(
     about = dict(n=len(images.x), seed=check_seed(seed), latents=check_seed(latents))
     folder, tables = None if folder is None else writable(folder), []
     for name, model in named.items():
-        model = load_pretrained(model) if isinstance(model, (str, Path)) else model
+        check_model(model)
         own = dict(model=name, inputs=_inputs(model, *images)) | about
         rows = _Rows(None if folder is None else folder / f'{name}.csv', own)
-        model = model.fixed(latents) if hasattr(model, 'fixed') else model
-        _measure_missing(model, images, rows, asked, batch_size)
+        _measure_missing(fix_latents(model, latents), images, rows, asked, batch_size)
         tables.append(rows.frame)
     return _with_rates(pd.concat(tables, ignore_index=True))
 

@@ -37,9 +37,11 @@ from .attacks.decision_based import hop_skip_jump
 from .attacks.engine import device_of
 from .attacks.gradient import apgd, fgsm, pgd
 from genrobust.attacks.inputs import (
+    LogitsOf,
     Wrapped,
     as_bounds,
     as_labels,
+    bounds_of,
     check_images,
     check_labels,
     check_model,
@@ -58,8 +60,8 @@ from genrobust.attacks.result import (
     rounding_tolerance,
 )
 from .attacks.score_based import square
-from .attacks.sphere import fmn
-from .numerics import derive_seed, no_tf32, seeded
+from .attacks.sphere import ddn, fmn
+from .numerics import derive_seed, has_latents, in_parts, no_tf32, seeded
 from .statistics import wilson
 
 # %% ../nbs/34_diagnosis.ipynb #34-010
@@ -74,14 +76,14 @@ class Caution(NamedTuple):
 class Effort(NamedTuple):
     "What the checks of a size may spend"
 
-    images: int  # That gradients and attacks meet, at most
+    images: int  # That gradients and attacks meet, at most; of a size: half of it by class
     steps: int  # Of an attack by gradients
     queries: int  # Of each black-box attack, an image
     inner: int  # Points within the ball, of each binary problem
 
 
 SIZES = dict(
-    quick=Effort(12, 25, 200, 60),
+    quick=Effort(24, 25, 200, 60),
     standard=Effort(40, 100, 1500, 200),
     thorough=Effort(200, 200, 5000, 999),
 )
@@ -144,12 +146,14 @@ class ModelCase:
         model = deepcopy(model) if is_training(model) else model  # its running statistics move
         self.model, self.seed = model, seed
         self.effort = size if isinstance(size, Effort) else SIZES[size]
+        if hasattr(model, 'per_class_logits') and size is not self.effort:  # it costs far more
+            self.effort = self.effort._replace(images=self.effort.images // 2)
         self.device = device_of(model, x)
         self.everything = x.detach().to(self.device)
         self.x = self.everything[: self.effort.images]
         low, high = as_bounds(bounds, x)
         self.low, self.high = torch.as_tensor(low).min().item(), torch.as_tensor(high).max().item()
-        self.view = model.fixed(seed) if hasattr(model, 'fixed') else Seeded(model, seed)
+        self.view = model.fixed(seed) if has_latents(model) else Seeded(model, seed)
         self.logits = self.ask(self.x)
         labels = self.ask(self.everything).argmax(1) if y is None else y
         self.labels = as_labels(labels, len(x), self.device, 'y')
@@ -252,7 +256,7 @@ def saturation(case: ModelCase) -> float:
 @torch.no_grad()
 def probabilities(case: ModelCase) -> float:
     "Share of images whose answers are probabilities: none is negative, and they sum to 1"
-    answer = case.view(case.x.clone())
+    answer = torch.cat([case.view(part.clone()) for part in in_parts(case.view, case.x)])
     if answer.ndim == 1 or answer.shape[1] == 1:  # one logit: that of class 1 above 0
         is_one = (answer.min() >= 0) & (answer.max() <= 1) & (case.labels == 0).any()
         return is_one.double().item()
@@ -296,16 +300,20 @@ def random_answers(case: ModelCase) -> float:
 @torch.no_grad()
 def batch_dependence(case: ModelCase) -> float:
     """Largest difference between the answers to an image alone and among others, clean or with
-    noise; nan for a random model that cannot be held fixed"""
-    if not hasattr(case.model, 'fixed') and random_answers.measure(case) > 0:
+    noise, in units of the largest logit; 1 where it refuses an image alone, and nan for a random
+    model that cannot be held fixed"""
+    if not has_latents(case.model) and random_answers.measure(case) > 0:
         return math.nan
     signs = torch.randn(case.x.shape, generator=torch.Generator().manual_seed(case.seed)).sign()
     noisy = case.x + 0.1 * case.width * signs.to(case.x)
     with no_tf32():
         found = []
         for x in (case.x, noisy.clamp(case.low, case.high)):
-            alone = torch.cat([ask(case.view, one[None]) for one in x])
-            found.append(_differ(ask(case.view, x), alone))
+            try:
+                alone = torch.cat([ask(case.view, one[None]) for one in x])
+            except ValueError:  # as batch norm does, in training mode
+                return 1
+            found.append(_differ(ask_in_parts(case.view, x), alone))
     return max(found)
 
 # %% ../nbs/34_diagnosis.ipynb #34-032
@@ -426,18 +434,36 @@ class AttackCase(ModelCase):
         check_range(0, math.inf, eps=eps)
         seed = result.settings.get('noise_seed', seed)
         super().__init__(model, result.x, result.y, bounds, seed, size)
-        self.p, self.eps, self.bounds = p, float(eps), bounds
+        self.result, self.given_bounds = result, bounds
+        self.p, self.eps = p, float(eps)
         i = result.attacked.nonzero().squeeze(1)[: self.effort.images]
         require(len(i) > 0, 'no image of the result was classified correctly and attacked')
         self.x, self.y = result.x[i].to(self.device), self.labels[i.to(self.device)]
+        self.bounds = bounds_of(bounds, self.everything, i)
         self.logits = self.ask(self.x)
         # A random model that cannot be held fixed is judged by the majority of its answers
-        self.draws = 1 if hasattr(self.model, 'fixed') or not random_answers.measure(self) else 15
+        self.draws = 1 if has_latents(self.model) or not random_answers.measure(self) else 15
         fallen = self.is_fooled(result.x_adv[i]) if self.draws > 1 else result.success[i]
         self.standing = (~fallen.to(self.device)).nonzero().squeeze(1)
 
     def __len__(self):
         return len(self.x)
+
+    def bounds_at(self, i: Tensor) -> tuple:
+        "Bounds of images `i`, as attacks take them."
+        return bounds_of(self.bounds, self.x, i)
+
+    @cached_property
+    def left(self) -> 'AttackCase | None':
+        "The first of all images on which the attacks found nothing; None where there are none."
+        i = (self.result.attacked & ~self.result.success).nonzero().squeeze(1)
+        if not len(i):
+            return None
+        rest = AttackResult.of(
+            {k: v[i] for k, v in self.result.tensors().items()}, self.result.settings
+        )
+        how = dict(bounds=bounds_of(self.given_bounds, self.result.x, i), size=self.effort)
+        return AttackCase(self.model, rest, self.p, self.eps, seed=self.seed, **how)
 
     @torch.no_grad()
     def is_fooled(self, x: Tensor, i: Tensor | None = None) -> Tensor:
@@ -459,8 +485,8 @@ class AttackCase(ModelCase):
         own, known = dict(p=self.p, eps=self.eps) | own, signature(attack).parameters
         given = {name: value for name, value in own.items() if name in known}
         net = model or (self.model if self.draws > 1 else self.view)
-        shared = dict(bounds=self.bounds, seed=self.seed, allow_training=True, numbers=i)
-        shared['draws'] = 4 if self.draws > 1 else 1
+        shared = dict(seed=self.seed, allow_training=True, numbers=i)
+        shared |= dict(bounds=self.bounds_at(i), draws=4 if self.draws > 1 else 1)
         found = _run(attack, net, self.x[i], self.y[i], **shared, **given)
         if found is None:
             return fooled
@@ -476,6 +502,20 @@ class AttackCase(ModelCase):
 def _more_than_one(case):
     "More than a point, and more than one image, which may be luck"
     return max(0.01, 1 / len(case) + 1e-9)
+
+
+def _share_left(case):
+    "Of the attacked images, how many have no adversarial example"
+    return 1 - (case.result.success.sum() / case.result.attacked.sum()).item()
+
+
+def _more_than_one_left(case):
+    "The same, of the images that are left"
+    return max(0.01, _share_left(case) / len(case.left) + 1e-9) if case.left else 0
+
+
+def _more_than_one_in_twenty(case):
+    return max(0.05, _more_than_one(case))
 
 # %% ../nbs/34_diagnosis.ipynb #34-044
 @check(_more_than_one, 'report the black-box result; find what masks the gradients')
@@ -515,7 +555,7 @@ def surrogate(
     x = case.everything[:200]
     near = [_on_sphere(x, share * case.eps, case.p, generator) for share in (0.5, 1, 2, 4)]
     x = torch.cat([x, *near]).clamp(case.low, case.high)
-    logits = case.ask(x)
+    logits, x = case.ask(x).float(), x.float()
     aim = logits - logits.mean(1, keepdim=True)
     aim = aim / aim.std().clamp_min(1e-12)
     with seeded(derive_seed('surrogate', case.seed)), torch.enable_grad():
@@ -527,7 +567,8 @@ def surrogate(
             optimiser.zero_grad()
             F.mse_loss(net(x[i]), aim[i]).backward()
             optimiser.step()
-    return net.eval().requires_grad_(False)
+    net.eval().requires_grad_(False)
+    return LogitsOf(lambda x: net(x.float()), lambda out: out)
 
 
 def _climb(case, steps, **own):
@@ -546,11 +587,18 @@ def transfer_beats_white_box(case: AttackCase) -> float:
     return case.share(case.attack(attack, case.standing, surrogate(case)))
 
 # %% ../nbs/34_diagnosis.ipynb #34-048
-@check(_more_than_one, "more steps and restarts until nothing changes: size='thorough'")
+@check(_more_than_one_left, "more steps and restarts until nothing changes: size='thorough'")
 def more_steps_help(case: AttackCase) -> float:
-    "Share of images that stand and that four times the steps, with restarts, do misclassify"
-    attack = _climb(case, 4 * case.effort.steps, restarts=2)
-    return case.share(case.attack(attack, case.standing))
+    "Share of images that stand, but not under four times the steps from random starts"
+    left = case.left
+    if left is None:
+        return 0
+    steps = 4 * case.effort.steps
+    fallen = left.attack(_climb(left, steps, restarts=2), left.standing)
+    walk = ddn if case.p == 2 else partial(fmn, p=case.p)
+    wide = partial(walk, steps=steps, step_size=2.0, random_start=True)
+    more = left.attack(wide, left.standing[~fallen])
+    return _share_left(case) * (left.share(fallen) + left.share(more))
 
 
 @check(_more_than_one, 'no image is safe within the bounds: mend the attack; use square')
@@ -611,7 +659,10 @@ def binary_problem(
     return Readout(case.view, mean, w[:, best], most[best] + 0.999 * gap[best])
 
 # %% ../nbs/34_diagnosis.ipynb #34-052s1
-@check(0.05, 'the attack misses examples that are known to exist: mend it first; use square')
+@check(
+    _more_than_one_in_twenty,
+    'the attack misses examples that are known to exist: mend it first; use square',
+)
 def binarisation(case: AttackCase) -> float:
     "Share of binary problems with a known solution in which gradients find none"
     if case.p not in (2, math.inf):
@@ -621,7 +672,7 @@ def binarisation(case: AttackCase) -> float:
         readout = binary_problem(case, n)
         if readout is None:
             continue
-        how = dict(p=case.p, eps=case.eps, bounds=case.bounds, seed=case.seed)
+        how = dict(p=case.p, eps=case.eps, seed=case.seed, bounds=case.bounds_at(slice(n, n + 1)))
         inside = torch.zeros(1, dtype=torch.long, device=case.device)
         found = _run(attack, readout, case.x[n, None], inside, **how)
         solved.append(found is not None and found.success.item())

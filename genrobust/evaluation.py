@@ -43,6 +43,7 @@ from genrobust.attacks.inputs import (
     as_bounds,
     as_json,
     as_labels,
+    bounds_of,
     check_counts,
     check_finite,
     check_images,
@@ -62,7 +63,7 @@ from .ensembles import ensemble as ensemble
 from .ensembles import parameters_of
 from .ensembles import worst_case as worst_case
 from .files import claimed, digest, load_tensors, save_tensors, writable, write_whole
-from .numerics import check_seed, derive_seed, no_tf32, seeded
+from .numerics import check_seed, derive_seed, fix_latents, no_tf32, seeded
 from .statistics import clustered, wilson
 
 # %% ../nbs/19_evaluate.ipynb #19-005d
@@ -260,10 +261,13 @@ def _black_box_jobs(
     return [_Job('HopSkipJump', jump), *jobs]
 
 # %% ../nbs/19_evaluate.ipynb #19-033s2
-def _fmn_within(model, x, y, *, eps, steps, **shared):
-    "FMN where its nearest example lies within a radius: no attack of the book has an l1 ball"
-    attacks = dict(FMN=partial(fmn, steps=steps))
-    return worst_case(model, x, y, p=1, eps=eps, attacks=attacks, **shared)
+def _fmn_scaled(model, x, y, *, eps, steps, bounds, **shared):
+    """FMN, its perturbations scaled to a radius: no attack of the book climbs in an l1 ball, and at
+    the decision boundary half of the answers are right still"""
+    found = fmn(model, x, y, p=1, steps=steps, bounds=bounds, **shared)
+    size = norm(found.perturbation, 1).clamp_min(1e-6)
+    scaled = x + per_image(eps * (1 - 1e-6) / size, x) * found.perturbation
+    return replace(found, x_adv=scaled.clamp(*as_bounds(bounds, x)))
 
 
 def _average_jobs(
@@ -276,7 +280,7 @@ def _average_jobs(
     if not is_differentiable:
         return _black_box_jobs(p, radii, SIZES[size].queries)[1:]
     if p == 1:
-        walk = partial(_fmn_within, steps=SIZES[size].climbs)
+        walk = partial(_fmn_scaled, steps=SIZES[size].climbs)
         return [_Job('FMN on averages', partial(walk, eps=eps), eps) for eps in radii]
     kinds = dict(margin='APGD on averages, margin', ce='APGD on averages, log-odds')
     climb = partial(apgd, p=p, steps=SIZES[size].climbs)
@@ -317,9 +321,9 @@ def _batches(x):
     "Images and labels, batch by batch, of a data set or of what iterates over batches"
     source = DataLoader(x, batch_size=64) if isinstance(x, Dataset) else x
     for n, batch in enumerate(source):
-        is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-        text = f'batch {n} of x must be a pair (images, labels), found {type(batch).__name__}'
-        require(is_pair, text)
+        n_parts = len(batch) if isinstance(batch, (tuple, list)) else 1
+        text = f'batch {n} of x must be a pair (images, labels), found {n_parts} part'
+        require(n_parts == 2, text + 's' * (n_parts > 1))
         yield [torch.as_tensor(values) for values in batch]
 
 
@@ -349,7 +353,9 @@ def _as_images(
     is_array = isinstance(x, (Tensor, np.ndarray))
     require(y is not None or not is_array, 'y must be the labels of the images [N], found None')
     if y is None:
-        x, y = x if isinstance(x, (tuple, list)) and len(x) == 2 else _collect(x, images)
+        is_pair = isinstance(x, (tuple, list)) and len(x) == 2
+        is_pair = is_pair and all(isinstance(part, (Tensor, np.ndarray)) for part in x)
+        x, y = x if is_pair else _collect(x, images)
     x = torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
     is_whole = isinstance(x, Tensor) and not x.is_floating_point()
     require(not is_whole, 'x holds whole numbers: give floats within bounds, x / 255 for bytes')
@@ -388,6 +394,7 @@ def _as_module(model, x, logits_of):
         if found is not None or not isinstance(model, nn.Module):
             model = LogitsOf(model, found or (lambda out: out))
         check_finite(ask(model, x[:2]))
+        check_finite(ask(model, x[:1]))  # refused by batch norm in training mode
     try:
         _slope(model, x[:2])
     except ValueError as e:
@@ -413,24 +420,17 @@ def _adapt(
         except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as e:
             errors.append((dtype, e))
     dtype, e = errors[0]
-    if isinstance(e, ValueError):
+    if isinstance(e, ValueError) and not is_training(model):
         raise e
     raise ValueError(f'the model cannot take images {dtype} {list(x.shape)}: {e}') from e
 
 # %% ../nbs/19_evaluate.ipynb #19-044
-def _has_latents(
-    model: nn.Module,  # Any
-) -> bool:
-    "Whether a model is random and can hold its noise fixed, by `fixed(seed)`."
-    return hasattr(model, 'fixed') and model.fixed(0) is not model
-
-
 def _is_random(
     model: nn.Module,  # Images to logits
     x: Tensor,  # Some images
 ) -> bool:
     "Whether it has latents, or two answers differ by more than rounding."
-    if _has_latents(model):
+    if fix_latents(model) is not model:
         return True
     return answers_differ(model, x) > 0
 
@@ -453,7 +453,7 @@ def _seconds_of_passes(
 ) -> dict:  # 'query', 'all classes' and 'two classes', seconds of one image
     "How long passes take here: forward, with gradient, with the gradient of two classes."
     by_class = hasattr(model, 'per_class_logits')
-    few = x[: 4 if by_class else 32]
+    few = x[: min(4 if by_class else 32, getattr(model, 'images_at_once', None) or 32)]
 
     def timed(call):
         call(model, few)
@@ -486,7 +486,7 @@ class _Subject:
         # What attacks refuse, a model in training mode, is a random function to them
         is_hidden, whole = is_training(self.inspected), self.inspected
         self.model = LogitsOf(lambda x: whole(x), lambda out: out) if is_hidden else whole
-        self.latents = _has_latents(self.model)
+        self.latents = fix_latents(self.model) is not self.model  # random, and can hold them fixed
         self.is_random = _is_random(self.model, self.x[:8])
         self.is_differentiable = _has_gradient(self.model, self.x[:2])
         n = len(self.x)
@@ -505,8 +505,7 @@ class _Subject:
 
     def given(self, i: Tensor) -> dict:
         "What attacks on images `i` share."
-        low, high = as_bounds(self.bounds, self.x)
-        bounds = tuple(b[i] if isinstance(b, Tensor) else b for b in (low, high))
+        bounds = bounds_of(self.bounds, self.x, i)
         return dict(bounds=bounds, numbers=i, batch_size=self.batch_size)
 
     @torch.no_grad()
@@ -640,12 +639,13 @@ class Evaluation:
     def table(self) -> "'pd.DataFrame'":
         "`robust` as text: a row for each radius, `eps`, and a column for each threat model."
         texts = [str(Rate(r.rate, r.low, r.high, r.n)) for r in self.robust.itertuples()]
-        frame = self.robust.assign(text=texts, eps=self.robust.eps.map('{:g}'.format))
+        frame = self.robust.assign(text=texts)
         heads = [f'{r.threat_model} (n = {r.n})' for r in self.robust.itertuples()]
         frame = frame.assign(threat_model=heads)
         rows, columns = frame.eps.unique(), frame.threat_model.unique()
         found = frame.pivot(index='eps', columns='threat_model', values='text')
-        return found.loc[rows, columns].rename_axis(columns=None).reset_index()
+        found = found.loc[rows, columns].rename_axis(columns=None).reset_index()
+        return found.assign(eps=found.eps.map('{:g}'.format))
 
     def _lines(self):
         "What stands above the table, and below"
@@ -653,10 +653,11 @@ class Evaluation:
         above = f'{s["model"]}, {n} images, size {s["size"]}: clean accuracy {self.clean}'
         title = f'Upper bound of the robust accuracy by {_NORMS[s["p"]]} distance, 95 % interval:'
         passes = ' and '.join(f'{k:,} {name[:-1]}' for name, k in self.passes.items())
-        below = [f'{passes} passes of an image in {self.seconds:.0f} s']
+        below = [f'{passes} passes, each of one image, in {self.seconds:.0f} s']
         if self.result is not None:
             won = self.result.to_frame().query('success').found_by.value_counts()
-            below.append('nearest by ' + ', '.join(f'{k} {v}' for k, v in won.items()))
+            text = ', '.join(f'{k} {v}' for k, v in won.items())
+            below.append(f'nearest by {text or "none: no attack succeeded"}')
         return above, title, below
 
     def _verdict(self):
@@ -717,6 +718,8 @@ class Evaluation:
         about['robust'] = self.robust.to_dict('records')
         about['warnings'] = self.warnings and [c._asdict() for c in self.warnings]
         about['scores'] = None if self.scores is None else self.scores.to_dict('records')
+        for name in ('result.safetensors', 'images.csv'):
+            (folder / name).unlink(missing_ok=True)
         if self.result is not None:
             tensors = self.result.tensors()
             save_tensors(folder / 'result.safetensors', tensors, settings=self.result.settings)
@@ -899,10 +902,11 @@ def _about(subject, model, predictions, jobs):
     s = subject
     name = getattr(model, 'name', None) or getattr(model, '__name__', type(model).__name__)
     weights = s.inspected.state_dict()
+    is_plain = weights and all(type(value) is Tensor for value in weights.values())
     return dict(
         model=str(name),
-        # A function is known by what it answers
-        weights=digest(weights or dict(answers=predictions)),
+        # A function is known by what it answers, and so is a module that holds more than tensors
+        weights=digest(weights if is_plain else dict(answers=predictions)),
         images=digest(dict(x=s.x, y=s.y)),
         p=s.p,
         eps=s.radii,
@@ -979,7 +983,7 @@ def _cross_check(subject, nearest, averages, robust):
         i = s.chunks[0] if s.is_random else torch.arange(len(s.x), device=s.x.device)
         found = nearest.within(eps)
         found = AttackResult.of({k: v[i] for k, v in found.tensors().items()}, found.settings)
-    how = dict(bounds=s.bounds, seed=s.seed, size=s.size)
+    how = dict(bounds=bounds_of(s.bounds, s.x, i), seed=s.seed, size=s.size)
     return cross_check(s.fixed(0), s.x[i], s.y[i], s.p, eps, found, **how)
 
 

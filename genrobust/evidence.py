@@ -33,6 +33,7 @@ from .attacks.gradient import Ball, apgd, fgsm, pgd
 from genrobust.attacks.inputs import (
     LogitsOf,
     as_labels,
+    bounds_of,
     check_counts,
     check_images,
     check_model,
@@ -56,9 +57,9 @@ from genrobust.diagnosis import (
 
 # %% ../nbs/41_checks.ipynb #41-005c
 from .ensembles import ensemble, worst_case
-from .files import writable, write_whole
-from .models import FixedNoise, load_pretrained
-from .numerics import derive_seed, no_tf32, seeded
+from .files import digest, writable, write_whole
+from .models import FixedNoise, load_models, load_pretrained
+from .numerics import derive_seed, fix_latents, no_tf32, seeded
 from .statistics import wilson
 
 # %% ../nbs/41_checks.ipynb #41-012
@@ -159,7 +160,8 @@ class Trial:
         is_module = isinstance(model, nn.Module)
         self.model = model if is_module else LogitsOf(model, lambda out: out)
         self.x, self.y = x[:n].detach().to(device), y[:n].to(device)
-        self.p, self.eps, self.bounds, self.seed = p, float(eps), bounds, seed
+        self.bounds = bounds_of(bounds, x, slice(n))
+        self.p, self.eps, self.seed = p, float(eps), seed
         self.detectors, self.sources = detectors or {}, sources or {}
 
     @property
@@ -502,7 +504,7 @@ def transfer_matrix(
     import pandas as pd
 
     require(len(models) > 0, 'models must be a dict of models by name, found none')
-    views = {k: m.fixed(seed) if hasattr(m, 'fixed') else m for k, m in models.items()}
+    views = {k: fix_latents(m, seed) for k, m in models.items()}
     how, rows = dict(p=p, eps=eps, seed=seed, bounds=bounds), []
     climb = partial(apgd, steps=steps, loss='margin')
     right = {k: _answers(view, x) == y for k, view in views.items()}
@@ -646,9 +648,11 @@ def match_latents(
     'matching a clean image of another class finds nothing new',
     'matching features finds what the loss missed: quote the worst of both',
 )
-def matching(t: Trial) -> Found:
+def matching(t: Trial) -> Found | str:
     "Share of images that stand and fall to the logits, or latents, of a clean image"
     i, k = t.case.standing, t.budget.goals
+    if (t.case.y[:, None] != t.case.y).sum(1).min() < k:
+        return f'some image has fewer than {k} of other classes beside it'
     goals = nearest_of_others(t.case.x, t.case.y, k)[i]
     attacks = dict(logits=match_logits)
     if isinstance(t.case.view, FixedNoise):
@@ -738,27 +742,28 @@ def _norm_name(p):
     return 'linf' if p == math.inf else f'l{p:g}'
 
 
-def _read(file, size):
-    "Rows that are stored, of this size"
+def _read(file, about):
+    "Rows that are stored; a `ValueError` if they depend on something else"
     import pandas as pd
 
     if not file.exists():
         return []
-    frame = pd.read_csv(file)
-    return frame[frame['size'] == size].to_dict('records')
+    rows = pd.read_csv(file, dtype=dict(weights=str, data=str)).to_dict('records')
+    for name, value in about.items():
+        found = {row[name] for row in rows} - {value}
+        text = f'{file} holds checks of {name} {found}, not of {value!r}'
+        require(not found, f'{text}: name another folder, or remove the file')
+    return rows
 
 
 def _write(file, rows):
     import pandas as pd
 
-    write_whole(file, pd.DataFrame(rows).to_csv(index=False, float_format='%.6g'))
+    table = pd.DataFrame(rows)
+    table['eps'] = table.eps.map(repr)  # in full: it is compared
+    write_whole(file, table.to_csv(index=False, float_format='%.6g'))
 
 # %% ../nbs/41_checks.ipynb #41-055
-def _load(models, device):
-    "Models by the names of their files"
-    return {Path(name).stem: load_pretrained(name, device) for name in models}
-
-
 def _trial(clf, splits, sources, with_detectors, **own):
     "A model with what the checks compare it with"
     n, detectors = SIZES[own['size']].learnt, None
@@ -784,7 +789,7 @@ def measure_checks(
     folder: str | Path = 'results/checks',  # Gets a file `MODEL.csv` for each
     *,
     balls: Sequence[tuple] = BALLS,  # Pairs of norm and radius
-    size: str = 'standard',  # A key of `SIZES`; rows of another size are measured anew
+    size: str = 'standard',  # A key of `SIZES`; rows of another size stay as they are
     sources: Sequence[str | Path] = ('cnn', 'gfz'),  # Models that examples are transferred from
     splits: Splits | None = None,  # Default: Fashion-MNIST; the first test images are attacked
     device: str | torch.device | None = None,  # Default: `pick_device()`
@@ -795,19 +800,21 @@ def measure_checks(
     require(size in SIZES, f'size must be one of {", ".join(SIZES)}, found {size!r}')
     folder = writable(folder)
     name, splits = ('given', splits) if splits is not None else load_or_synthetic()
-    loaded = _load(sources, device)
-    for model, clf in _load(models, device).items():
+    load = partial(load_pretrained, device=device)
+    loaded = load_models(sources, load) if sources else {}
+    for model, clf in load_models(models, load).items():
         file = folder / f'{model}.csv'
-        rows = _read(file, size)
-        done = {(row['check'], row['norm'], row['eps']) for row in rows}
+        about = dict(data=name, weights=digest(clf.state_dict())[:12], seed=seed)
+        rows = _read(file, about)
+        done = {tuple(row[k] for k in ('check', 'norm', 'eps', 'size')) for row in rows}
         for p, eps in balls:
             at = _norm_name(p), eps
-            todo = [check for check in CHECKS if (check.__name__, *at) not in done]
+            todo = [check for check in CHECKS if (check.__name__, *at, size) not in done]
             own = dict(p=p, eps=eps, seed=seed, size=size)
             others = {k: source for k, source in loaded.items() if k != model}
             trial = todo and _trial(clf, splits, others, joint_attack in todo, **own)
             for check in todo:
-                row = dict(model=model, item=CHECKS[check], **_measured(check, trial), data=name)
+                row = dict(model=model, item=CHECKS[check], **_measured(check, trial)) | about
                 rows.append(row)
                 _write(file, rows)
                 text = '{model}, {norm} {eps:g}: {check} {verdict}, {seconds:.0f} s'
@@ -830,7 +837,7 @@ def measure_transfer(
     check_counts(images=images)
     folder = writable(folder)
     test = (load_or_synthetic()[1] if splits is None else splits).test
-    loaded, frames = _load(models, device), []
+    loaded, frames = load_models(models, partial(load_pretrained, device=device)), []
     for p, eps in balls:
         found = transfer_matrix(loaded, test.x[:images], test.y[:images], p=p, eps=eps, seed=seed)
         frames.append(found.assign(norm=_norm_name(p), eps=eps))

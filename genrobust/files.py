@@ -124,19 +124,30 @@ def writable(
         raise OSError(f'cannot write to the folder {folder}: {e.strerror}') from e
 
 # %% ../nbs/28_files.ipynb #28-c01
+def _is_gone(file, path):
+    "Whether an open file was removed, or another stands in its place"
+    with suppress(FileNotFoundError):
+        return not os.path.samestat(os.fstat(file.fileno()), path.stat())
+    return True
+
+
 @contextmanager
 def _claim(path, wait):
     "Whether no other process is at a file, within a `with`; all may where files cannot be locked"
     lock = beside(Path(path), '.lock')
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, 'wb') as file:
-        may = _lock(file, wait) is not False
-        try:
-            yield may
-        finally:
-            if may:
-                with suppress(OSError):  # Windows removes no open file
-                    lock.unlink()
+    while True:
+        with open(lock, 'wb') as file:
+            may = _lock(file, wait) is not False
+            if may and _is_gone(file, lock):
+                continue  # whoever was waited for has removed it: a third may lock a new one
+            try:
+                yield may
+            finally:
+                if may:
+                    with suppress(OSError):  # Windows removes no open file
+                        lock.unlink()
+            return
 
 
 def claimed(

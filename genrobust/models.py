@@ -6,12 +6,15 @@
 __all__ = ['FACTORISATIONS', 'LOG_NORMALISER', 'Factorisation', 'Classifier', 'NoDensityError', 'check_batch', 'from_anywhere',
            'CNN', 'FactorNetworks', 'log_mean_exp', 'logits_by_draw', 'estimate_logits', 'BayesClassifier',
            'FixedNoise', 'Resampled', 'pick_device', 'build', 'pretrained_names', 'list_models', 'load_pretrained',
-           'save_model', 'predict', 'accuracy', 'digest', 'write_whole', 'save_tensors', 'load_tensors', 'seeded',
-           'in_parts']
+           'as_list', 'load_models', 'save_model', 'predict', 'accuracy', 'digest', 'write_whole', 'save_tensors',
+           'load_tensors', 'seeded', 'in_parts']
 
 # %% ../nbs/01_models.ipynb #01-005
+import json
 import math
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.resources import files
 from numbers import Integral, Real
@@ -23,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .compat import renamed
-from .files import digest as digest
-from .files import load_tensors, save_tensors
+from .files import digest, load_tensors, save_tensors
 from .files import write_whole as write_whole
 from .layers import MLP, Decoder, Encoder, Head
 from .layers import ConcatLinear as ConcatLinear
@@ -624,6 +626,46 @@ def load_pretrained(
             f"{path} does not hold a model of genrobust's: {type(e).__name__}: {e}"
         ) from e
     return clf.to(pick_device(device)).eval().requires_grad_(False)
+
+# %% ../nbs/01_models.ipynb #01-038e
+def as_list(
+    names: Sequence[str | Path],  # Names of something
+    what: str,  # Of what, for an error
+) -> list[str]:  # Each once
+    "Names as text; a `ValueError` unless they are a list with something in it."
+    is_list = hasattr(names, '__iter__') and not isinstance(names, (str, bytes, Path))
+    listed = list(dict.fromkeys(map(str, names))) if is_list else []
+    if not listed:
+        raise ValueError(f'expected a list of {what}, at least one, found {names!r}')
+    return listed
+
+
+def _stem(model):
+    "The name of a model, or of its file, as text that can be written"
+    stem = os.fsencode(Path(model).stem).decode(errors='replace')
+    return stem if Path(model).suffix == '.safetensors' else stem.lower()
+
+
+def load_models(
+    models: Sequence[str | Path],  # Names or files, as for `load_pretrained`
+    load: Callable = load_pretrained,  # From one of them to a model
+) -> dict[str, Classifier]:  # Those of the same weights once
+    """Models by the names that tables show: of a file its stem, with the start of a digest where
+    another model is called so."""
+    found = {}
+    for model in as_list(models, 'models'):
+        clf = load(model)
+        weights = digest(clf.state_dict())
+        found.setdefault(json.dumps([weights, clf.config]), (model, clf, weights))
+    stems = Counter(_stem(model).lower() for model, *_ in found.values())
+    named = {}
+    for model, clf, weights in found.values():
+        name = _stem(model)
+        is_shared = stems[name.lower()] > 1 or name.lower() in pretrained_names()
+        if is_shared and Path(model).suffix == '.safetensors':
+            name = f'{name}-{weights[:8]}'
+        named[name] = clf
+    return named
 
 # %% ../nbs/01_models.ipynb #01-039
 _all_ = ['digest', 'write_whole', 'save_tensors', 'load_tensors', 'seeded', 'in_parts']

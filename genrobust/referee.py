@@ -28,7 +28,7 @@ from .attacks.result import AttackResult, norm, require
 from .bench import PassCounter, machine
 from .data import N_VALID, load_or_synthetic
 from .files import digest, writable, write_whole
-from .models import load_pretrained, pick_device, predict
+from .models import load_models, load_pretrained, pick_device, predict
 from .numerics import derive_seed, no_tf32, seeded
 
 # %% ../nbs/18_referee.ipynb #18-010
@@ -461,7 +461,7 @@ def referee(
     check_counts(**given)
     check_range(1, N_VALID, images=images or 1)
     device, folder = pick_device(device), writable(out)
-    loaded = {Path(name).stem: load_pretrained(name, device) for name in models or MODELS}
+    loaded = load_models(models or MODELS, partial(load_pretrained, device=device))
     data, splits = load_or_synthetic(root, say)
     weights = {name: digest(clf.state_dict()) for name, clf in loaded.items()}
     _check_settings(folder, dict(data=data, weights=weights, machine=machine(device)))

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from numbers import Real
 from pathlib import Path
@@ -32,8 +33,8 @@ from .attacks.result import norm, require
 from .attacks.sphere import ddn
 from .data import load
 from .files import digest, writable, write_whole
-from .models import BayesClassifier, load_pretrained, predict
-from .numerics import batch_for, check_seed, derive_seed, device_of, seeded
+from .models import BayesClassifier, load_models, load_pretrained, predict
+from .numerics import batch_for, check_seed, derive_seed, device_of, fix_latents, seeded
 from .statistics import wilson
 
 # %% ../nbs/39_smoothing.ipynb #39-020
@@ -199,9 +200,9 @@ def _measure(measure_part, models, sigmas, images, folder, where, **about):
     import pandas as pd
 
     folder, test = writable(folder), load(about['data'], where['root']).test
-    for name, sigma in product(models, map(float, sigmas)):
+    named = load_models(models, partial(load_pretrained, device=where['device']))
+    for (label, model), sigma in product(named.items(), map(float, sigmas)):
         check_positive(sigma=sigma)
-        model, label = load_pretrained(name, where['device']), Path(name).stem
         of_model = dict(model=label, weights=digest(model.state_dict())[:12], sigma=sigma)
         file, settings = folder / f'{label}-{sigma:g}.csv', about | of_model
         table = _started(file, settings)
@@ -211,7 +212,8 @@ def _measure(measure_part, models, sigmas, images, folder, where, **about):
             of_image = dict(image=numbers.numpy(), y=test.y[numbers].numpy())
             rows = pd.DataFrame(settings | of_image | rows)
             table = pd.concat([table, rows], ignore_index=True)
-            write_whole(file, table.to_csv(index=False, float_format='%.6g'))
+            full = table.assign(sigma=table.sigma.map(repr))  # it is compared
+            write_whole(file, full.to_csv(index=False, float_format='%.6g'))
             seconds = time.perf_counter() - begun
             where['say'](f'{file.stem}: {len(table)} of {images} images, {seconds:.1f} s')
     return folder
@@ -299,18 +301,19 @@ def measure_split(
     x, y = test.x[:images], test.y[:images]
     key = Keys(derive_seed('split', check_seed(seed)), torch.arange(len(x)), torch.tensor(0))
     noise, pairs = normal(key, *x.shape[1:]), [(1, 0), (0, 1), (1, 1)]
-    for file, name in ((folder / f'{Path(name).stem}.csv', name) for name in models):
-        if file.exists():
+    for label, model in load_models(models, partial(load_pretrained, device=device)).items():
+        file, rows = folder / f'{label}.csv', []
+        about = dict(data=data, model=label, weights=digest(model.state_dict())[:12])
+        about |= dict(images=len(x), seed=seed)
+        if {0.0, *sigmas} <= set(_started(file, about).get('sigma', ())):
             continue
-        model, rows = load_pretrained(name, device), []
         for sigma, pair in [(0.0, (0, 0)), *((sigma, pair) for sigma in sigmas for pair in pairs)]:
             encoded, taken = (x + on * sigma * noise for on in pair)
             with seeded(derive_seed('split latents', seed, sigma)):
                 found = predict_split(model, taken, encoded).argmax(1)
             kinds = dict(zip(('encoder', 'densities'), (('clean', 'noisy')[on] for on in pair)))
             correct = int((found == y).sum())
-            rows.append(dict(data=data, model=file.stem, sigma=sigma, **kinds))
-            rows[-1] |= dict(images=len(x), correct=correct)
+            rows.append(about | dict(sigma=sigma, **kinds, correct=correct))
             say(f'{file.stem}, sigma {sigma:g}, {" ".join(kinds.values())}: {correct} of {len(x)}')
         write_whole(file, pd.DataFrame(rows).to_csv(index=False))
     return folder
@@ -332,7 +335,7 @@ class Smoothed(Wrapped):
     ):
         check_counts(draws=draws)
         check_positive(sigma=sigma)
-        super().__init__(model.fixed(seed) if hasattr(model, 'fixed') else model)
+        super().__init__(fix_latents(model, seed))
         self.sigma, self.draws, self.seed = sigma, draws, check_seed(seed)
 
     @property

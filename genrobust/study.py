@@ -9,10 +9,8 @@ __all__ = ['ATTACKS', 'STRONG', 'SIZES', 'PRESETS', 'N_DIGITS', 'FILES', 'Preset
 import hashlib
 import json
 import math
-import os
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +39,14 @@ from genrobust.attacks import (
 from .data import Images, Splits, digits, load, load_or_synthetic
 from .detection import detectors_from_logits, scores_from_logits
 from .files import claimed, digest, load_tensors, save_tensors, writable, write_whole
-from .models import build, load_pretrained, pick_device, predict, pretrained_names
+from genrobust.models import (
+    as_list,
+    build,
+    load_models,
+    load_pretrained,
+    pick_device,
+    predict,
+)
 from .numerics import seeded
 from .training import fit, processes
 
@@ -364,32 +369,7 @@ def _train_briefly(name, splits, device, progress):
     fit(clf, train, valid, epochs=5, warmup=warmup, device=device, progress=progress)
     return clf.requires_grad_(False)
 
-
-def _stem(model):
-    "The name of a model, or of its file, as text that can be written"
-    stem = os.fsencode(Path(model).stem).decode(errors='replace')
-    return stem if Path(model).suffix == '.safetensors' else stem.lower()
-
 # %% ../nbs/25_study.ipynb #25-031a
-def _named(models, load):
-    """The models that `load` gives, those of the same weights once, by the names that tables show:
-    of a file its stem, with the start of a digest where another model is called so"""
-    found = {}
-    for model in models:
-        clf = load(model)
-        weights = digest(clf.state_dict())
-        found.setdefault(json.dumps([weights, clf.config]), (model, clf, weights))
-    stems = Counter(_stem(model).lower() for model, *_ in found.values())
-    named = {}
-    for model, clf, weights in found.values():
-        name = _stem(model)
-        is_shared = stems[name.lower()] > 1 or name.lower() in pretrained_names()
-        if is_shared and Path(model).suffix == '.safetensors':
-            name = f'{name}-{weights[:8]}'
-        named[name] = clf
-    return named
-
-
 def _machine(device):
     "What attacks are timed on"
     if device.type == 'cuda':
@@ -412,7 +392,7 @@ def run(
     """Do all stages that are not done yet; then the first process writes CSV files from them. A
     `ValueError` or an `OSError`, before any work, where that cannot be done."""
     name, preset = _sizes(preset)
-    models, attacks = _listed('models', models), _chosen(attacks, name, preset)
+    models, attacks = as_list(models, 'models'), _chosen(attacks, name, preset)
     folder = _folder(out or f'results/{name}')
     data, splits = _data(data, root, preset, attacks, say)
     start = time.perf_counter()
@@ -429,7 +409,7 @@ def run(
         device = pick_device(device)
         if data == 'synthetic':
             tell(f'training {len(models)} models on synthetic images')
-        study = Study(folder, name, preset, attacks, data, splits, _named(models, load_model))
+        study = Study(folder, name, preset, attacks, data, splits, load_models(models, load_model))
         study.measure(_machine(device), progress, tell)
     if rank:
         return None
@@ -438,15 +418,6 @@ def run(
     return study
 
 # %% ../nbs/25_study.ipynb #25-028
-def _listed(what, names):
-    "Names, each once; a `ValueError` unless they are a list with something in it"
-    is_list = hasattr(names, '__iter__') and not isinstance(names, (str, bytes, Path))
-    listed = list(dict.fromkeys(map(str, names))) if is_list else []
-    if not listed:
-        raise ValueError(f'expected a list of {what}, at least one, found {names!r}')
-    return listed
-
-
 def _sizes(preset):
     "Name and numbers of a preset; a `ValueError` where they make no study"
     is_named = not isinstance(preset, Preset)
@@ -472,7 +443,7 @@ def _chosen(attacks, name, preset):
         if not attacks:
             raise ValueError(f'expected images under at least one attack, found {preset}')
         return attacks
-    attacks = _listed('attacks', attacks)
+    attacks = as_list(attacks, 'attacks')
     for attack in attacks:
         if attack not in ATTACKS:
             raise ValueError(f'no attack {attack!r} in the study; there are {", ".join(ATTACKS)}')

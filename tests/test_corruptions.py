@@ -33,6 +33,7 @@ class Counting(nn.Module):
         self.linear = nn.Linear(784, 10)
         nn.init.normal_(self.linear.weight, generator=torch.Generator().manual_seed(0))
         self.asked = 0
+        self.eval()
 
     def forward(self, x):
         self.asked += len(x)
@@ -83,6 +84,8 @@ def test_a_file_of_other_inputs_is_refused(tmp_path):
         (dict(corruptions=['fog', 'rain']), "no corruption 'rain'"),
         (dict(severities=[1, 7]), 'severity must be'),
         (dict(models={}), 'models holds none'),
+        (dict(models='cnn'), 'expected a list of models'),
+        (dict(models=dict(m=nn.Linear(784, 10))), 'training mode'),
         (dict(models={'a/b': None}), 'named as a file'),
         (dict(seed=-1), 'seed must be'),
         (dict(images=Images(IMAGES.x * 2, IMAGES.y)), 'pixels in'),

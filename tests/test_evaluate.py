@@ -17,12 +17,12 @@ from test_models_of_all_kinds import images, make_net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from genrobust import evaluation
+from genrobust import diagnosis, evaluation
 from genrobust.cli import main
-from genrobust.data import Images
+from genrobust.data import Images, load_or_synthetic
 from genrobust.evaluation import RADII, SIZES, Evaluation, ensemble, evaluate, worst_case
 from genrobust.files import claimed
-from genrobust.models import CNN, save_model
+from genrobust.models import CNN, load_pretrained, save_model
 
 NET = make_net()
 X = images(12)
@@ -348,7 +348,7 @@ def test_for_p_1_a_random_model_is_met_by_averages_too_and_one_without_gradient_
 SCRIPT = """
 import sys, time
 import torch
-from genrobust import evaluation
+from genrobust import diagnosis, evaluation
 from test_evaluate import X, Y, Latent as Quick, quick
 
 evaluation.inspect_model = evaluation.cross_check = lambda *args, **kw: []
@@ -641,3 +641,97 @@ def test_the_command_evaluates_several_models_in_several_norms(tmp_path, capsys)
         assert report.robust.equals(quick(model, X, Y, p=p).robust)
     ends = [out.rindex(f'{file}:{name}: 12 images') for name in ('net', 'other')]
     assert ends[0] > ends[1]
+
+
+class NoisyNet(nn.Module):
+    "Logits with noise"
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+        torch.manual_seed(0)
+        nn.init.normal_(self.net.weight)
+        self.eval()
+
+    def forward(self, x):
+        return self.net(x) + 0.1 * torch.randn(len(x), 3)
+
+
+def test_a_larger_l1_ball_holds_worse_points_of_a_random_model():
+    "At the decision boundary half of the answers are right; the ball reaches farther"
+    net, x = NoisyNet(), torch.rand(12, 6, generator=torch.Generator().manual_seed(0))
+    report = quick(net, x, net.net(x).argmax(1), p=1, eps=(0.01, 6))
+    near, far = rates(report, 'one-shot')
+    assert near > 0.9 and far < near - 0.3, report
+
+
+def test_bounds_of_each_image_reach_the_checks(checks):
+    low, high = torch.zeros_like(X), torch.ones_like(X)
+    assert quick(NET, X, Y, bounds=(low, high)).warnings == quick(NET, X, Y).warnings
+
+
+def test_the_checks_take_half_precision(checks):
+    net = nn.Linear(6, 3).half().eval()
+    x = torch.rand(8, 6).half()
+    report = quick(net, x, net(x).argmax(1))
+    assert 'undefined_gradient' not in [caution.name for caution in report.warnings]
+
+
+def test_saving_leaves_nothing_of_an_evaluation_before(tmp_path):
+    quick(NET, X, Y).save(tmp_path)
+    net, x = NoisyNet(), torch.rand(6, 6)
+    quick(net, x, net.net(x).argmax(1)).save(tmp_path)
+    found = Evaluation.load(tmp_path)
+    assert found.settings['model'] == 'NoisyNet' and found.result is None and found.distance is None
+
+
+class Stateful(nn.Linear):
+    "Its state holds more than tensors, and an attribute is called as a method of ours"
+
+    fixed = True
+
+    def get_extra_state(self):
+        return dict(version=1)
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_what_a_state_holds_and_attributes_are_called_is_free():
+    net, x = Stateful(6, 3).eval(), torch.rand(6, 6)
+    assert quick(net, x, net(x).argmax(1)).clean.rate == 1
+
+
+def test_batch_norm_in_training_mode_is_named():
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), torch.rand(8, 6)
+    y = net.eval()(x).argmax(1)
+    with pytest.raises(ValueError, match='cannot take images .* when training'):
+        quick(net.train(), x, y)
+    names = [caution.name for caution in diagnosis.inspect_model(net, x, y, size='quick')]
+    assert names == ['training_mode', 'batch_dependence']
+
+
+def test_two_batches_are_no_pair_and_close_radii_are_two():
+    report = quick(NET, [(X[:6], Y[:6]), (X[6:], Y[6:])], eps=[0.0313725, 8 / 255])
+    assert report.clean.n == 12 and len(report.table()) == 2
+    with pytest.raises(ValueError, match=r'found 3 parts'):
+        quick(NET, [(X, Y, Y)])
+
+
+def test_no_batch_is_larger_than_the_model_takes(checks):
+    class Small(nn.Module):
+        images_at_once = 4
+
+        def forward(self, x):
+            assert len(x) <= 4
+            return NET(x)
+
+    assert quick(Small().eval(), X, Y).warnings == quick(NET, X, Y).warnings
+
+
+def test_more_steps_meet_images_that_are_left(checks):
+    "On the adversarially trained network in l2 the smallest size leaves far too many"
+    net = load_pretrained('cnn_at', device='cpu')
+    x, y = (v[:100] for v in load_or_synthetic()[1].test)
+    names = [caution.name for caution in quick(net, x, y, p=2, eps=1).warnings]
+    assert 'more_steps_help' in names

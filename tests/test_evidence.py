@@ -25,7 +25,7 @@ from genrobust.evidence import (
     noise_in_ball,
     transfer_matrix,
 )
-from genrobust.models import BayesClassifier, Classifier, load_pretrained
+from genrobust.models import CNN, BayesClassifier, Classifier, load_pretrained, save_model
 from genrobust.numerics import seeded
 
 EPS, N = 0.1, 16
@@ -355,6 +355,33 @@ def test_tables_are_written_and_go_on_where_they_stopped(splits, tmp_path, monke
     measure_transfer(['cnn', 'cnn_at'], tmp_path, images=8, splits=splits, device='cpu')
     found = pd.read_csv(tmp_path / 'transfer.csv')
     assert len(found) == 2 * 3 * 2 and set(found.norm) == {'linf', 'l2'}
+
+
+def test_rows_of_other_sizes_stay_and_of_other_settings_are_refused(tmp_path, monkeypatch, splits):
+    check = evidence.clean_draws
+    monkeypatch.setattr(evidence, 'CHECKS', {check: 2})
+    own = dict(balls=[(math.inf, 8 / 255)], splits=splits, device='cpu', say=lambda text: None)
+    for size in ('quick', 'standard', 'quick'):
+        measure_checks(['cnn'], tmp_path, size=size, **own)
+    rows = pd.read_csv(tmp_path / 'cnn.csv')
+    assert rows['size'].tolist() == ['quick', 'standard'] and rows.eps.eq(8 / 255).all()
+    with pytest.raises(ValueError, match=r'holds checks of seed \{0\}, not of 1'):
+        measure_checks(['cnn'], tmp_path, size='quick', seed=1, **own)
+    (tmp_path / 'other').mkdir()
+    save_model(CNN(seed=3), tmp_path / 'other/net.safetensors')
+    save_model(CNN(seed=4), tmp_path / 'net.safetensors')
+    measure_checks([tmp_path / 'net.safetensors'], tmp_path, size='quick', **own)
+    with pytest.raises(ValueError, match='holds checks of weights'):
+        measure_checks([tmp_path / 'other/net.safetensors'], tmp_path, size='quick', **own)
+
+
+def test_images_of_one_class_cannot_be_matched():
+    x = torch.rand(6, 8)
+    net = nn.Linear(8, 3).eval()
+    y = torch.zeros(6, dtype=torch.long)
+    net.bias.data = torch.tensor([9.0, 0.0, 0.0])
+    found = evidence.matching(Trial(net, x, y, eps=0.1, size='quick'))
+    assert found.verdict == 'does not apply' and 'other classes' in found.reason
 
 
 def test_checks_are_those_of_the_evaluation():

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -609,3 +610,25 @@ def test_what_another_is_at_is_left_out_or_waited_for(tmp_path):
     assert next(first) == b and list(claimed([b], wait=False)) == []
     first.close()
     assert list(claimed([a, b])) == [a, b] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='locks are of another kind')
+def test_a_lock_that_was_removed_is_no_claim(tmp_path):
+    "A holds; B waits; A leaves, and removes the lock; B has it, and C may not"
+    path, has, leave = tmp_path / 'x', threading.Event(), threading.Event()
+
+    def wait():
+        for _ in claimed([path]):
+            has.set()
+            leave.wait()
+
+    first = claimed([path])
+    next(first)
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.2)  # B waits
+    first.close()
+    assert has.wait(10) and list(claimed([path], wait=False)) == []
+    leave.set()
+    waiting.join()
+    assert list(claimed([path], wait=False)) == [path] and list(tmp_path.iterdir()) == []

@@ -21,7 +21,14 @@ import genrobust.statistics
 from genrobust import results, study
 from genrobust.attacks import apgd, one_vs_all
 from genrobust.data import Images, Splits
-from genrobust.models import CNN, load_pretrained, load_tensors, save_model, save_tensors
+from genrobust.models import (
+    CNN,
+    load_models,
+    load_pretrained,
+    load_tensors,
+    save_model,
+    save_tensors,
+)
 from genrobust.results import (
     ATTACKS,
     PRESETS,
@@ -133,7 +140,7 @@ def test_any_name_of_a_file_goes_through_the_tables(run, tmp_path, stem):
 def test_a_name_that_is_not_utf_8_is_shown_as_text_that_is():
     seeds = iter(range(2))
     models = ['b\udcff.safetensors', 'b\udcfe.safetensors']
-    names = study._named(models, lambda model: CNN(seed=next(seeds)))
+    names = load_models(models, lambda model: CNN(seed=next(seeds)))
     assert len(names) == 2 and all(name.encode() for name in names)
 
 

@@ -167,6 +167,14 @@ def test_a_measurement_goes_on_where_it_ended(weights, tmp_path):
     assert (once / 'net-0.5.csv').read_bytes() == before
 
 
+def test_a_sigma_of_any_length_is_found_again(weights, tmp_path):
+    how = dict(folder=tmp_path, data='synthetic', n0=2, n=4, say=lambda text: None, device='cpu')
+    for images in (2, 3):
+        measure_smoothing([weights['net']], sigmas=[1 / 3], images=images, **how)
+    (file,) = tmp_path.glob('*-*.csv')
+    assert pd.read_csv(file).sigma.eq(1 / 3).all()
+
+
 def test_all_measurements_take_a_bayes_classifier(weights, tmp_path):
     how = dict(data='synthetic', device='cpu', say=lambda text: None)
     folders = [tmp_path / name for name in ('attacked', 'split')]
@@ -185,3 +193,5 @@ def test_all_measurements_take_a_bayes_classifier(weights, tmp_path):
         (0.5, 'noisy', 'noisy'),
     ]
     assert (table.images == 6).all() and table.correct.between(0, 6).all()
+    with pytest.raises(ValueError, match='holds counts of seed'):
+        measure_split([weights['bayes']], [0.5], 6, folder=folders[1], seed=1, **how)

@@ -37,7 +37,7 @@ from genrobust.attacks.result import (
     per_image,
     rounding_tolerance,
 )
-from ..numerics import batch_for, check_seed, derive_seed, seeded
+from ..numerics import batch_for, check_seed, derive_seed, fix_latents, has_latents, seeded
 from ..numerics import device_of as device_of
 
 # %% ../../nbs/22_engine.ipynb #22-005b
@@ -485,11 +485,11 @@ def _deterministic(model, options):
     seed, draws, noise, found = options.seed, options.draws, {}, model
     if draws > 1 and hasattr(model, 'averaged'):
         found = model.averaged(draws, seed)
-    elif hasattr(model, 'fixed'):
-        found = model.fixed(seed)
+    else:
+        found = fix_latents(model, seed)
     if found is not model:
         noise = dict(noise_seed=seed)
-    if draws > 1 and not hasattr(model, 'averaged') and (noise or not hasattr(model, 'fixed')):
+    if draws > 1 and not hasattr(model, 'averaged') and (noise or not has_latents(model)):
         found, noise = EOT(model, draws), {}
     cost = (1 if found is model else draws) * (model.draws if isinstance(model, EOT) else 1)
     if hasattr(found, 'noise_settings'):
@@ -623,7 +623,7 @@ def attack_batch(
 # %% ../../nbs/22_engine.ipynb #22-109
 def _is_known(state, x):
     "Bool `[B]`: evaluated last, by a model that gives the same logits in another batch"
-    repeats = x.device.type == 'cpu' and hasattr(state.model, 'fixed')
+    repeats = x.device.type == 'cpu' and has_latents(state.model)
     repeats = repeats and not is_training(state.model)
     return (x == state.last_x).flatten(1).all(1) & repeats
 

@@ -89,6 +89,7 @@ def unit(
     p: float,  # 2 or inf
 ) -> Tensor:  # `[B,...]`; 0 where the gradient is
     "The direction of steepest ascent of `p`-norm 1: g / ||g|| for p = 2, the sign for p = inf."
+    require(p in (2, torch.inf), f'p must be 2 or inf, found {p!r}')
     if p == torch.inf:
         return g.sign()
     return g / per_image(norm(g).clamp_min(torch.finfo(g.dtype).tiny), g)
@@ -104,6 +105,7 @@ class Ball:
         p: float,  # Norm: 2 or inf
     ):
         require(p in (2, torch.inf), f'p must be 2 or inf, found {p!r}')
+        eps = eps.item() if getattr(eps, 'shape', None) == () else eps
         if not isinstance(eps, Tensor):
             check_range(0, math.inf, eps=eps)
         elif p == 2:
@@ -142,6 +144,7 @@ def project(
     p: float,  # Norm: 1, 2 or inf
 ) -> Tensor:  # `[B,...]`
     "The nearest perturbations within balls; for p = 1 by sorting (Duchi et al., 2008, figure 1)."
+    require(p in (1, 2, torch.inf), f'p must be 1, 2 or inf, found {p!r}')
     if p == torch.inf:
         return delta.clamp(-eps, eps)
     radius = eps.flatten() if isinstance(eps, Tensor) else eps
