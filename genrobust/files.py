@@ -149,7 +149,7 @@ def _claim(path, wait):
                         lock.unlink()
             return
 
-
+# %% ../nbs/28_files.ipynb #28-c01b
 def claimed(
     paths: Iterable[Path],  # Of files that several processes are to make
     wait: bool = True,  # In the end, for what others are at: they may be killed

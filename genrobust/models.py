@@ -645,7 +645,7 @@ def _stem(model):
     stem = os.fsencode(Path(model).stem).decode(errors='replace')
     return stem if Path(model).suffix == '.safetensors' else stem.lower()
 
-
+# %% ../nbs/01_models.ipynb #01-038e2
 def load_models(
     models: Sequence[str | Path],  # Names or files, as for `load_pretrained`
     load: Callable = load_pretrained,  # From one of them to a model

@@ -135,7 +135,7 @@ def batch_for(
     size = x[:1].numel() * x.element_size()
     return min(8 * n, max(1, _memory(x.device) // (4000 * max(size, 1))))
 
-
+# %% ../nbs/29_numerics.ipynb #29-044b
 def has_latents(
     model: Callable,  # Any
 ) -> bool:

@@ -79,7 +79,7 @@ def as_rows(
     require(fits, f'{text}, found {list(value.shape)}')
     return rows.expand(len(x), *rows.shape[1:])
 
-
+# %% ../../nbs/33_inputs.ipynb #33-020a
 def as_eps(
     eps: float | Tensor,  # As for `as_rows`
     x: Tensor,  # Images `[N,...]`
@@ -115,7 +115,7 @@ def as_bounds(
     require(not bad, f'{text}, or tensors; they are not for the images at {bad[:5]}')
     return low, high
 
-
+# %% ../../nbs/33_inputs.ipynb #33-021a
 def bounds_of(
     bounds: tuple,  # As for `as_bounds`
     x: Tensor,  # Images `[N,...]`
