@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
-from inspect import isclass, signature
+from inspect import isclass, isfunction, signature
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -294,8 +294,12 @@ def _add_train(commands, common):
 
 # %% ../nbs/27_cli.ipynb #27-013
 def _attacks():
-    "Every attack there is, by name"
-    return {name: getattr(attacks, name) for name in attacks.list_attacks()}
+    "Every attack there is, by name; one of your own too, once it is in `genrobust.attacks`"
+    return {
+        name: f
+        for name, f in vars(attacks).items()
+        if isfunction(f) and list(signature(f).parameters)[:3] == ['model', 'x', 'y']
+    }
 
 
 class _Asked(Exception):
