@@ -66,9 +66,10 @@ test-gpu: .venv/ready ## All parts on a pretended GPU, in a few minutes: it need
 	@$(subst .venv,.venv-gpu,$(INSTALL)) -e '.[dev]' $(GPU_TORCH) || (rm -rf .venv-gpu; echo 'No pretended GPU: $(GPU_TORCH) cannot be installed')
 	@if [ -d .venv-gpu ]; then touch $@; fi
 
-lint: .venv/ready ## Check format and style of notebooks and tests with ruff
+lint: .venv/ready ## Check format and style of notebooks and tests, and names in modules, with ruff
 	ruff format --check nbs tests
 	ruff check nbs tests
+	ruff check --select F821 genrobust
 
 format: .venv/ready ## Format notebooks and tests with ruff
 	ruff format nbs tests

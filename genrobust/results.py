@@ -363,7 +363,7 @@ def show_attacks(
     results: dict,  # Model: attack: `AttackResult`
     names: list[str],  # Of the classes
     note: str = '',  # Put above the figure
-) -> "'matplotlib.figure.Figure'":
+) -> "'plt.Figure'":
     """For each model, two columns: the first image on which most attacks succeeded and its
     adversarial examples, and beside each its perturbation, amplified (grey: none)."""
     from matplotlib.figure import Figure  # needs no screen and no backend

@@ -45,7 +45,7 @@ def read_sheet(
 def static_picture(
     folder: str | Path,  # That holds the files by `write_try_it`
     image: int = 0,  # Number of the image on the page
-) -> "'matplotlib.figure.Figure'":
+) -> "'plt.Figure'":
     "One image under attack in l2, a row a model: what the page shows where it cannot run."
     from matplotlib.figure import Figure  # needs no screen and no backend
 
