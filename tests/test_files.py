@@ -584,7 +584,7 @@ def start_process(paths):
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='starts processes by fork')
 def test_of_four_processes_one_is_killed_twenty_times_and_nothing_is_missing(tmp_path):
-    paths, rng = [tmp_path / f'{n:03}' for n in range(200)], random.Random(0)
+    paths, rng = [tmp_path / f'{n:03}' for n in range(600)], random.Random(0)
     running = [start_process(paths) for _ in range(4)]
     for kills in range(20):
         while sum(path.exists() for path in paths) < 4 * kills:
