@@ -76,7 +76,9 @@ class Caution(NamedTuple):
 class Effort(NamedTuple):
     "What the checks of a size may spend"
 
-    images: int  # That gradients and attacks meet, at most; of a size: half of it by class
+    # That gradients and attacks meet, at most; a key of `SIZES` halves it on a model that decodes
+    # every class by itself
+    images: int
     steps: int  # Of an attack by gradients
     queries: int  # Of each black-box attack, an image
     inner: int  # Points within the ball, of each binary problem

@@ -718,9 +718,10 @@ class Evaluation:
         about['robust'] = self.robust.to_dict('records')
         about['warnings'] = self.warnings and [c._asdict() for c in self.warnings]
         about['scores'] = None if self.scores is None else self.scores.to_dict('records')
-        for name in ('result.safetensors', 'images.csv'):
-            (folder / name).unlink(missing_ok=True)
-        if self.result is not None:
+        if self.result is None:
+            for name in ('result.safetensors', 'images.csv'):
+                (folder / name).unlink(missing_ok=True)  # of an evaluation before
+        else:
             tensors = self.result.tensors()
             save_tensors(folder / 'result.safetensors', tensors, settings=self.result.settings)
             rows = self.result.to_frame().assign(distance=self.distance.numpy())
