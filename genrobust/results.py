@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .attacks.result import require
 from .compat import renamed
 from .data import class_names
 from .detection import detected
@@ -129,9 +130,11 @@ def read_study(
 ) -> "'pd.DataFrame'":  # Rows model by model
     """A table of one study, or of several of the same data: of an attack that several hold, the
     rows of the one with most images, and the times of the one that was quickest for an image, the
-    first among equals; a `ValueError` if a model's detectors differ between them."""
+    first among equals; a `ValueError` without folders, or if a model's detectors differ between
+    them."""
     import pandas as pd
 
+    require(folders, 'expected at least one folder that `reproduce` wrote')
     as_written = dict(dtype=dict(model=str), keep_default_na=False, na_values=[''])  # NA is a name
     files = [Path(folder) / f'{name}.csv' for folder in folders]
     frames = [pd.read_csv(file, **as_written).assign(folder=n) for n, file in enumerate(files)]
@@ -281,6 +284,7 @@ def _measured(images, clean, detectors, seconds):
 # %% ../nbs/12_results.ipynb #12-021v
 def _same_study(folders):
     "The settings of the first of several studies, if they go together; else a `ValueError`"
+    require(folders, 'expected at least one folder that `reproduce` wrote')
     texts = [(Path(folder) / 'settings.json').read_text() for folder in folders]
     first, *others = map(json.loads, texts)
     for other in others:

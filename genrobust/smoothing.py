@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from genrobust.attacks.inputs import (
     Wrapped,
+    as_labels,
     check_counts,
     check_finite,
     check_images,
@@ -164,7 +165,7 @@ def certify(
 # %% ../nbs/39_smoothing.ipynb #39-044
 def certified_accuracy(
     certificate: Certificate,
-    y: Tensor,  # Labels `[N]`
+    y: Tensor | Sequence[int],  # Labels `[N]`
     radii: Sequence[float] | Tensor = (0.0, 0.25, 0.5, 0.75, 1.0),  # l2
 ) -> "'pd.DataFrame'":  # Columns `radius`, `accuracy`, `low`, `high`
     """Share of images whose certified class is the label and whose radius is larger, with the 95 %
@@ -172,8 +173,8 @@ def certified_accuracy(
     import pandas as pd
 
     n, rows = len(certificate.selected), []
-    require(y.shape == (n,), f'expected {n} labels, found {list(y.shape)}')
-    correct, size = certificate.y == y.cpu(), certificate.radius
+    size = certificate.radius
+    correct = certificate.y == as_labels(y, n, certificate.y.device, 'labels')
     for radius in map(float, radii):
         check_range(0, float('inf'), radius=radius)
         kept = int((correct & (size > radius)).sum())

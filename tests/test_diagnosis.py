@@ -13,7 +13,7 @@ from genrobust.deceivers import EXPECTED, OF_TWO_CLASSES, Linear, deceivers, hon
 from genrobust.diagnosis import (
     ATTACK_CHECKS,
     MODEL_CHECKS,
-    SIZES,
+    EFFORTS,
     AttackCase,
     Caution,
     Effort,
@@ -53,7 +53,7 @@ def honest(splits):
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
     "Little effort, the same checks"
-    monkeypatch.setitem(SIZES, 'quick', Effort(N, 15, 150, 40))
+    monkeypatch.setitem(EFFORTS, 'quick', Effort(N, 15, 150, 40))
 
 
 def images(splits, name='', n=N):
@@ -108,7 +108,7 @@ def test_there_is_no_false_alarm_on_an_adversarially_trained_model(fashion):
 
 @pytest.mark.parametrize('name', ['gfz', 'dfz'])
 def test_deep_bayes_classifiers_are_random_and_nothing_else(fashion, name, monkeypatch):
-    monkeypatch.setitem(SIZES, 'quick', Effort(2, 10, 10, 10))
+    monkeypatch.setitem(EFFORTS, 'quick', Effort(2, 10, 10, 10))
     model, (x, y) = load_pretrained(name, device='cpu'), images(fashion, n=2)
     assert names(inspect_model(model, x, y, size='quick')) == ['random_answers']
     if name == 'gfz':

@@ -15,7 +15,7 @@ from genrobust.deceivers import FlatTanh, Linear, Rounded, Wrapper, train_briefl
 from genrobust.detection import LogitDetector
 from genrobust.evidence import (
     CHECKS,
-    SIZES,
+    BUDGETS,
     Trial,
     match_latents,
     match_logits,
@@ -151,9 +151,9 @@ class Misled(BayesClassifier):
 
 @pytest.fixture(autouse=True)
 def little(monkeypatch):
-    few = SIZES['quick']._replace(images=N, steps=12, noisy=N, climbs=6, draws=(1, 2), inner=40)
+    few = BUDGETS['quick']._replace(images=N, steps=12, noisy=N, climbs=6, draws=(1, 2), inner=40)
     few = few._replace(more=4, scored=8)
-    monkeypatch.setitem(SIZES, 'quick', few)
+    monkeypatch.setitem(BUDGETS, 'quick', few)
 
 
 @pytest.fixture(scope='module')
@@ -188,7 +188,7 @@ def judged(check, model, splits, **own):
 
 
 def budget(monkeypatch, **own):
-    monkeypatch.setitem(SIZES, 'quick', SIZES['quick']._replace(**own))
+    monkeypatch.setitem(BUDGETS, 'quick', BUDGETS['quick']._replace(**own))
 
 
 def test_every_check_of_an_honest_model_passes_or_does_not_apply(linear, splits):

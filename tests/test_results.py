@@ -239,6 +239,12 @@ def test_settings_that_are_a_list_are_measured_again(run, tmp_path, monkeypatch)
     assert bad in run.measured and any('measuring a stage again' in line for line in run.said)
 
 
+@pytest.mark.parametrize('read', [tables, partial(read_study, 'images')])
+def test_no_folder_is_one_error(read):
+    with pytest.raises(ValueError, match='at least one folder'):
+        read()
+
+
 def test_a_backend_that_is_not_there_costs_neither_tables_nor_figure(tmp_path):
     code = f"""
 import genrobust.statistics

@@ -90,7 +90,9 @@ def test_a_certificate_abstains_unless_the_bound_is_above_a_half():
     largest = 2 * torch.special.ndtri(torch.tensor(0.001 ** (1 / 1000), dtype=torch.double))
     assert torch.allclose(certificate.radius[[2, 4]], largest)
     assert (Certificate(certificate.selected, counts, 2.0, 0.05).radius >= certificate.radius).all()
-    table = certified_accuracy(certificate, torch.tensor([0, 0, 0, 1, 0]), [0, largest - 0.01, 9])
+    labels, radii = [0, 0, 0, 1, 0], [0, largest - 0.01, 9]
+    table = certified_accuracy(certificate, labels, radii)
+    assert table.equals(certified_accuracy(certificate, torch.tensor(labels), radii))
     assert table.accuracy.tolist() == [0.4, 0.2, 0.0]
     assert (table.low <= table.accuracy).all() and (table.accuracy <= table.high).all()
     again = Certificate.from_frame(certificate.to_frame())
