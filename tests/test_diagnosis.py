@@ -12,8 +12,8 @@ from genrobust.data import load_or_synthetic
 from genrobust.deceivers import EXPECTED, OF_TWO_CLASSES, Linear, deceivers, honest_models
 from genrobust.diagnosis import (
     ATTACK_CHECKS,
-    MODEL_CHECKS,
     EFFORTS,
+    MODEL_CHECKS,
     AttackCase,
     Caution,
     Effort,

@@ -14,8 +14,8 @@ from genrobust.data import Images, Splits, load_or_synthetic
 from genrobust.deceivers import FlatTanh, Linear, Rounded, Wrapper, train_briefly
 from genrobust.detection import LogitDetector
 from genrobust.evidence import (
-    CHECKS,
     BUDGETS,
+    CHECKS,
     Trial,
     match_latents,
     match_logits,
