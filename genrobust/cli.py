@@ -28,6 +28,7 @@ from torch import Tensor, nn
 # %% ../nbs/27_cli.ipynb #27-005b
 from . import __version__, attacks
 from .attacks import AttackResult, one_vs_all, pgd, rescore
+from .attacks.autodiff import is_out_of_memory
 from .bench import bench
 from .data import DataError, Images, Splits, class_names, load
 from .detection import check_detect, detect, detected, evaded
@@ -787,7 +788,7 @@ def _parser():
 def _exceeded(e):
     "What to say of an error where memory or the range of numbers was exceeded, else None"
     text = str(e)
-    if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)) or 'allocate memory' in text:
+    if isinstance(e, MemoryError) or is_out_of_memory(e):
         return f'out of memory ({text}): take a smaller batch, or fewer images'
     if 'overflow' in text or 'cannot be represented' in text:
         return f'a number is too large ({text}): give a smaller one'

@@ -164,7 +164,8 @@ class ModelCase:
     @torch.no_grad()
     def ask(self, x: Tensor) -> Tensor:
         "Logits `[B,C]`, on the same random numbers at every call."
-        return ask_in_parts(self.view, x, 64)
+        with no_tf32():  # in the precision in which attacks judge
+            return ask_in_parts(self.view, x, 64)
 
     @property
     def width(self) -> float:
@@ -395,6 +396,7 @@ MODEL_CHECKS = (
 )
 
 
+@no_tf32()
 def inspect_model(
     model: Callable,  # Images `[B,...]` to logits; a module in any mode, or a function
     x: Tensor,  # Images `[N,...]` within bounds
@@ -474,7 +476,7 @@ class AttackCase(ModelCase):
         if self.draws == 1:
             return self.ask(x.to(self.device)).argmax(1) != y
         x = x.to(self.device)
-        with seeded(derive_seed('majority', self.seed), self.device):
+        with no_tf32(), seeded(derive_seed('majority', self.seed), self.device):
             answers = [ask_in_parts(self.model, x, 64) for _ in range(self.draws)]
         wrong = torch.stack([logits.argmax(1) != y for logits in answers])
         return wrong.double().mean(0) > 0.5
@@ -691,6 +693,7 @@ ATTACK_CHECKS = (
 )
 
 
+@no_tf32()
 def cross_check(
     model: Callable,  # That was attacked
     x: Tensor,  # Images `[N,...]`

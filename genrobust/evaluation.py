@@ -33,6 +33,7 @@ from genrobust.attacks.autodiff import (
     ask_in_parts,
     differentiable,
     gradient_of,
+    is_out_of_memory,
 )
 from .attacks.core import rescore
 from .attacks.decision_based import hop_skip_jump
@@ -305,7 +306,7 @@ class Size(NamedTuple):
 
 SIZES = dict(
     quick=Size(math.inf, 300, 20, 2, 20, 20),
-    standard=Size(900, 2000, 40, 5, 50, 20),
+    standard=Size(600, 2000, 40, 5, 50, 20),
     thorough=Size(math.inf, 10_000, 200, 20, 100, 100),
 )
 RADII = {
@@ -418,6 +419,8 @@ def _adapt(
         try:
             return _as_module(model, x.to(dtype), logits_of), x.to(dtype)
         except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as e:
+            if is_out_of_memory(e):
+                raise
             errors.append((dtype, e))
     dtype, e = errors[0]
     if isinstance(e, ValueError) and not is_training(model):
@@ -569,12 +572,17 @@ class _Averages:
         for k, eps in enumerate(s.radii):
             known = [] if self.nearest is None else [_Job('fixed latents', None, eps)]
             for n, job in enumerate(known + [job for job in self.jobs if job.eps == eps]):
+                left = (share < 1).nonzero().squeeze(1)  # the others are wrong at every answer
                 worth = 0 if job.attack is None else job.seconds(rates) * s.draws * len(i)
-                name, compute = f'average-{k:03}-{n:03}-{c:04}', partial(self.candidate, job, c, i)
-                found = do(name, compute, worth)
-                better = found['share'] > share
-                point = torch.where(per_image(better, point), found['x_adv'], point)
-                share = torch.where(better, found['share'], share)
+                if not len(left):
+                    self.parts.tell(worth)
+                    continue
+                name = f'average-{k:03}-{n:03}-{c:04}'
+                found = do(name, partial(self.candidate, job, c, i[left]), worth)
+                better = found['share'] > share[left]
+                own = left[better]
+                point = point.index_copy(0, own, found['x_adv'][better])
+                share = share.index_copy(0, own, found['share'][better])
             scores = do(f'score-{k:03}-{c:04}', partial(s.score, point, i, 'score'))
             self.keep(eps, c, i, point, scores)
 
@@ -1000,6 +1008,7 @@ def _checked(subject, check):
     )
 
 # %% ../nbs/19_evaluate.ipynb #19-076
+@no_tf32()
 def _prepare(model, x, y, images, logits_of, own):
     "Everything that is given, checked"
     x, y = _as_images(x, y, images)

@@ -107,7 +107,7 @@
     paint(byId('delta'), delta.map(v => 127.5 + factor * v), `The perturbation, amplified by ${factor}; grey is no change`);
     paint(byId('adversarial'), adversarial, `The image with the perturbation, classified as ${says}`);
     byId('factor').textContent = `perturbation × ${factor}`;
-    const verdict = now.predicted === label() ? 'still classified correctly' : `misclassified as ${says}`;
+    const verdict = now.predicted === label() ? `${state.size ? 'still ' : ''}classified correctly` : `misclassified as ${says}`;
     byId('example').textContent = largest === 0 && state.size === 0
       ? `${is}, without a perturbation: ${verdict} by ${state.model.toUpperCase()}. Move the slider to attack it.`
       : `${is}, with a perturbation of ${NORMS[state.norm]} norm ${now.norm.toFixed(3)} (at most ${radius(state.size)} is allowed): ${verdict} by ${state.model.toUpperCase()}.`;
@@ -141,7 +141,7 @@
     add('Resampled latents', isRandom() ? `${wrong} of ${draws} draws misclassify this image` : 'none: this model is deterministic');
     byId('facts').replaceChildren(...rows);
     const total = Object.keys(m.detectors).length;
-    byId('facts-text').textContent = (total > 1 ? `${n_rejected} of ${total} detectors reject the image` : `Its detector ${n_rejected ? 'rejects' : 'accepts'} the image`)
+    byId('facts-text').textContent = (total > 1 ? `${n_rejected} of ${total} detectors ${n_rejected === 1 ? 'rejects' : 'reject'} the image` : `Its detector ${n_rejected ? 'rejects' : 'accepts'} the image`)
       + (isRandom() ? `; when the defender draws its latents anew, ${wrong} of ${draws} draws misclassify it.` : '.');
   }
   function showCurve() {
@@ -158,12 +158,13 @@
     const parts = [svg('line', {x1: left, x2: W - right, y1: Y(0), y2: Y(0), class: 'try-zero'}),
       svg('polyline', {points: margins.map((m, k) => `${X(sizes[k])},${Y(m)}`).join(' '), class: 'try-line'})];
     margins.forEach((m, k) => parts.push(svg('circle', {cx: X(sizes[k]), cy: Y(m), r: k === state.size ? 8 : 3.5, class: m < 0 ? 'try-below' : 'try-above'})));
-    for (const v of new Set([most, 0, least])) parts.push(svg('text', {x: left - 8, y: Y(v) + 5, 'text-anchor': 'end'}, number(v, 1)));
+    const isLegible = v => v === 0 || Math.abs(Y(v) - Y(0)) > 18;
+    for (const v of new Set([most, 0, least].filter(isLegible))) parts.push(svg('text', {x: left - 8, y: Y(v) + 5, 'text-anchor': 'end'}, number(v, 1)));
     for (const k of [0, 5, 8, 10].filter(k => k < sizes.length)) parts.push(svg('text', {x: X(sizes[k]), y: H - low + 22, 'text-anchor': 'middle'}, radius(k)));
     parts.push(svg('text', {x: (left + W - right) / 2, y: H - 4, 'text-anchor': 'middle'}, `largest ${NORMS[state.norm]} norm allowed`));
     parts.push(svg('text', {x: 4, y: 20}, 'margin (nats)'));
     const first = margins.findIndex(m => m < 0);
-    const what = first < 0 ? `stays above 0 up to ${radius(sizes.length - 1)}: no attack succeeded`
+    const what = first < 0 ? `stays above 0 up to ${radius(sizes.length - 1)}: this attack did not succeed`
       : first === 0 ? 'is below 0 before any attack' : `falls below 0 between ${radius(first - 1)} and ${radius(first)}: there the image is misclassified`;
     byId('curve').replaceChildren(...parts);
     byId('curve').setAttribute('aria-label', `Margin against the size of the perturbation: ${margins.map((m, k) => `${radius(k)}: ${number(m, 1)}`).join('; ')}`);
@@ -218,7 +219,7 @@
     byId('b-value').textContent = `${number(b, 2)} of l2 norm`;
     byId('a').setAttribute('aria-valuetext', byId('a-value').textContent);
     byId('b').setAttribute('aria-valuetext', byId('b-value').textContent);
-    const names = [...new Set(fresh)].map(c => `${fresh.filter(s => s === c).length} say ${data.classes[c]}`).join(', ');
+    const names = [...new Set(fresh)].map(c => [fresh.filter(s => s === c).length, data.classes[c]]).map(([k, c]) => `${k} ${k === 1 ? 'says' : 'say'} ${c}`).join(', ');
     const text = `${number(a, 2)} towards the boundary and ${number(b, 2)} at random: ${state.model.toUpperCase()} says ${data.classes[says[0]]}`
       + (fresh.length ? ` on the attacker's latents; of ${fresh.length} other draws ${names}.` : '.');
     byId('plane-text').textContent = `${text} The nearest boundary is at ${number(plane.distance[state.image] / 1000, 2)}.`;
@@ -275,6 +276,7 @@
     }
   }
   async function start() {
+    byId('wait').hidden = false;
     const answer = await fetch('try_it.json');
     if (!answer.ok) throw new Error(`try_it.json: ${answer.status}`);
     data = await answer.json();
@@ -291,7 +293,11 @@
       const cell = share => Math.min(n - 1, Math.max(0, Math.floor(n * share)));
       change({a: cell((event.clientX - box.left) / box.width), b: n - 1 - cell((event.clientY - box.top) / box.height)});
     });
-    addEventListener('hashchange', () => { state = readAddress(); show().catch(fail); });
+    addEventListener('hashchange', () => {
+      if (!location.hash.includes('=')) return;  // a heading of this page
+      state = readAddress();
+      show().catch(fail);
+    });
     thumbnails(await loadSheet(state.model));
     for (const part of document.querySelectorAll('.try-it')) part.hidden = false;
     await show();

@@ -4,17 +4,40 @@ import os
 import re
 import shutil
 import sys
+from base64 import b64decode, b64encode
+from configparser import ConfigParser
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
 from nbconvert import MarkdownExporter
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = ConfigParser(delimiters=['='])
+SETTINGS.read(ROOT / 'settings.ini')
+SITE = '{doc_host}{doc_baseurl}'.format(**SETTINGS['DEFAULT'])
 
 
 def directives(cell):
     "The nbdev directives of a cell: the words after `#|`"
     return {line[2:].split()[0] for line in cell.source.splitlines() if line.startswith('#|')}
+
+
+def slim(output):
+    "A PNG without channels that say nothing: transparency of opaque pictures, colours of grey ones"
+    data = output.get('data', {})
+    if 'image/png' not in data:
+        return
+    with Image.open(BytesIO(b64decode(data['image/png']))) as picture:
+        is_opaque = picture.mode != 'RGBA' or picture.getextrema()[3][0] == 255
+        rgb = picture.convert('RGB')
+    red, green, blue = rgb.split()
+    if is_opaque:
+        content = BytesIO()
+        is_grey = red.tobytes() == green.tobytes() == blue.tobytes()
+        (red if is_grey else rgb).save(content, 'png', optimize=True)
+        data['image/png'] = b64encode(content.getvalue()).decode()
 
 
 def execute(*names, slow):
@@ -35,6 +58,8 @@ def execute(*names, slow):
             shell.cell(cell)
             if shell.exc:
                 sys.exit(f'{path}: {shell.prettytb(path)}')
+            for output in cell.outputs:
+                slim(output)
         write_nb(nb, path)
 
 
@@ -53,6 +78,7 @@ def readme():
         nb, dict(output_files_dir='results/readme', unique_key='figure')
     )
     text = re.sub(r'(\]\([^)]+\))\{[^}]*\}', r'\1', text)  # classes of links, buttons say
+    text = text.replace('](try_it.ipynb)', f']({SITE}/try_it.html)')  # GitHub would not run it
     text = re.sub(
         r'\]\((\w+\.ipynb)(#[-\w]+)?\)', r'](nbs/\1\2)', text
     )  # pages of the site are files in nbs/

@@ -17,7 +17,7 @@ from test_models_of_all_kinds import images, make_net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from genrobust import diagnosis, evaluation
+from genrobust import cli, diagnosis, evaluation
 from genrobust.cli import main
 from genrobust.data import Images, load_or_synthetic
 from genrobust.evaluation import RADII, SIZES, Evaluation, ensemble, evaluate, worst_case
@@ -413,6 +413,16 @@ def test_what_another_process_is_at_is_waited_for_or_left(tmp_path):
     report = quick(*given, eps=0.02, folder=tmp_path)
     assert time.perf_counter() - begun > 0.25
     same(report, quick(*given, eps=0.02))
+
+
+@pytest.mark.parametrize('text', ['CUDA out of memory', 'MPS backend out of memory'])
+def test_memory_that_does_not_suffice_is_no_bad_input(text):
+    def model(x):
+        raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError, match=text):
+        quick(model, X, Y)
+    assert text in cli._exceeded(RuntimeError(text))
 
 
 def test_what_is_saved_is_loaded(tmp_path):

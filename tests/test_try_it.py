@@ -301,6 +301,10 @@ def test_the_page_can_be_used_by_mouse_and_by_keyboard(browser, address, width):
         link, seen = page.url, [text(page, name) for name in ('example', 'facts', 'plane-text')]
     with opened(browser, link, width) as page:
         assert [text(page, name) for name in ('example', 'facts', 'plane-text')] == seen
+        page.evaluate("location.hash = 'walk-in-a-plane'")  # a heading, as the contents link it
+        page.focus('#try-size')
+        page.keyboard.press('Home')
+        page.wait_for_function("location.hash.includes('size=0&latents=fresh')")
     with opened(browser, f'{address}/light.html#image=999&model=x&size=-1&a=1e3', width) as page:
         assert 'GFZ' in text(page, 'example')
 
@@ -323,7 +327,7 @@ def test_without_javascript_there_is_a_picture(browser, address):
     with opened(browser, f'{address}/light.html', 390, java_script_enabled=False) as page:
         picture = page.locator('noscript img')
         assert picture.get_attribute('alt') and picture.bounding_box()['width'] > 200
-        assert page.locator('#try-it').is_hidden()
+        assert page.locator('#try-it').is_hidden() and page.locator('#try-wait').is_hidden()
 
 
 def test_nothing_comes_from_elsewhere():

@@ -5,9 +5,12 @@ wheel=$(realpath dist/*.whl) readme=$(realpath README.md)
 python3 - "$wheel" dist/*.tar.gz <<'PYTHON'
 import subprocess, sys, tarfile, zipfile
 package = set(subprocess.check_output(['git', 'ls-files', 'genrobust'], text=True).split())
-wheel = set(zipfile.ZipFile(sys.argv[1]).namelist())
+archive = zipfile.ZipFile(sys.argv[1])
+wheel = set(archive.namelist())
 sdist = {name.partition('/')[2] for name in tarfile.open(sys.argv[2]).getnames()}
 missing = (package - wheel) | (package | {'settings.ini', 'setup.py', 'README.md', 'LICENSE'}) - sdist
+about = archive.read(next(name for name in wheel if name.endswith('/METADATA'))).decode()
+assert '](nbs/' not in about and '](results/' not in about, 'PyPI has no such files'
 assert package and not missing, f'missing from the wheel or the sdist: {sorted(missing)}'
 PYTHON
 folder=$(mktemp -d)

@@ -43,7 +43,7 @@ def test_methods_take_images_from_anywhere(name, home):
 
 
 @pytest.mark.parametrize('name', ['GFZ', 'CNN'])
-def test_an_evaluation(name):
+def test_an_evaluation(name, gpu):
     "Attacks, checks and scores; an untrained model's own labels on these latents, so that all is attacked"
     clf, (x, _) = ready(classifier(name)), some(4, 'cpu')
     with no_tf32():
@@ -52,6 +52,7 @@ def test_an_evaluation(name):
     assert report.result.attacked[0] and report.result.success.equal(report.result.attacked)
     assert report.distance.isfinite().all()
     assert report.result.x.device.type == 'cpu' and min(report.passes.values()) > 0
+    assert not gpu.rounded
 
 
 @pytest.mark.parametrize('name', NAMES)
