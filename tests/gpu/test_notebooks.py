@@ -45,6 +45,7 @@ def test_fast_cells(path, monkeypatch):
 def test_chapters_that_are_left_out_name_the_cpu(path):
     if path.stem[:2] in ON_THE_CPU:
         shown = [cell.source for cell in fast_cells(path) if 'export' not in directives(cell)]
-        calls = re.findall(r'(?:load_pretrained|pick_device|^fit)\(.*', '\n'.join(shown), re.M)
+        named = r'(?:load_pretrained|pick_device)\(.*|^fit\((?:.*\)$|[^)]*^\))'
+        calls = re.findall(named, '\n'.join(shown), re.M)
         calls = [call for call in calls if 'pick_device()}, {torch' not in call]  # what was run on
         assert all('cpu' in call for call in calls), calls
