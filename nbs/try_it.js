@@ -219,7 +219,10 @@
     byId('b-value').textContent = `${number(b, 2)} of l2 norm`;
     byId('a').setAttribute('aria-valuetext', byId('a-value').textContent);
     byId('b').setAttribute('aria-valuetext', byId('b-value').textContent);
-    const names = [...new Set(fresh)].map(c => [fresh.filter(s => s === c).length, data.classes[c]]).map(([k, c]) => `${k} ${k === 1 ? 'says' : 'say'} ${c}`).join(', ');
+    const names = [...new Set(fresh)].map(c => {
+      const k = fresh.filter(s => s === c).length;
+      return `${k} ${k === 1 ? 'says' : 'say'} ${data.classes[c]}`;
+    }).join(', ');
     const text = `${number(a, 2)} towards the boundary and ${number(b, 2)} at random: ${state.model.toUpperCase()} says ${data.classes[says[0]]}`
       + (fresh.length ? ` on the attacker's latents; of ${fresh.length} other draws ${names}.` : '.');
     byId('plane-text').textContent = `${text} The nearest boundary is at ${number(plane.distance[state.image] / 1000, 2)}.`;

@@ -415,6 +415,21 @@ def test_what_another_process_is_at_is_waited_for_or_left(tmp_path):
     same(report, quick(*given, eps=0.02))
 
 
+def test_images_that_every_answer_gets_wrong_are_not_attacked_again(monkeypatch):
+    asked, candidate = [], evaluation._Averages.candidate
+    monkeypatch.setattr(
+        evaluation._Averages,
+        'candidate',
+        lambda self, job, c, i: asked.extend(i.tolist()) or candidate(self, job, c, i),
+    )
+    wrong = Y.clone()
+    wrong[::2] = (NET(X).argmax(1)[::2] + 1) % 4
+    report = quick(lambda x: NET(x) + 1e-3 * torch.randn(len(x), 4), X, wrong, eps=(1e-4, 2e-4))
+    assert asked and not set(asked) & set(range(0, len(X), 2))
+    lost = report.scores[report.scores.image % 2 == 0]
+    assert len(lost) and (lost.share == 1).all() and (lost.majority == 1).all()
+
+
 @pytest.mark.parametrize('text', ['CUDA out of memory', 'MPS backend out of memory'])
 def test_memory_that_does_not_suffice_is_no_bad_input(text):
     def model(x):

@@ -1,10 +1,12 @@
 "The house: notebooks, site, README and package agree with one another."
 
 import ast
+import base64
 import configparser
 import dis
 import importlib
 import inspect
+import io
 import json
 import os
 import re
@@ -20,6 +22,7 @@ import torch
 import yaml
 from bs4 import BeautifulSoup
 from notebooks import directives, plain_fences, readme, unlink
+from PIL import Image
 
 import genrobust
 from genrobust import cli
@@ -358,6 +361,16 @@ def test_tables_are_printed_by_one_function(path):
             )
             is_example = 'head()' in cell.source and path.stem == 'index'  # a reader's own console
             assert is_example or not printed, (cell.id, printed[0])
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_pictures_carry_no_transparency(path):
+    for cell in cells(path):
+        for output in cell.get('outputs', []):
+            png = output.get('data', {}).get('image/png')
+            if png:
+                with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
+                    assert picture.mode in ('L', 'RGB'), cell.id
 
 
 @pytest.mark.parametrize('name', MODULES)

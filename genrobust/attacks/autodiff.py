@@ -60,7 +60,7 @@ def _as_logits(answer, n):
 
 
 def is_out_of_memory(
-    e: BaseException,
+    e: BaseException,  # That a model or an attack raised
 ) -> bool:
     "Whether an error says that memory did not suffice, on whatever device."
     texts = 'out of memory', 'allocate memory'
