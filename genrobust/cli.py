@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+import zlib
 from contextlib import suppress
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
@@ -528,12 +529,13 @@ def _foreign(name, device):
         raise ValueError(f'no file {file!r}; a model is given as net.py:net')
     if path.suffix != '.py':
         raise ValueError(f'{file} is no .py file; a model is given as net.py:net')
-    spec = spec_from_file_location(path.stem, path)
+    spec = spec_from_file_location(f'genrobust.cli.{path.stem}', path)
     module = module_from_spec(spec)
     sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[spec.name] = module  # as data classes ask
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise ValueError(f'{file} cannot be run: {type(e).__name__}: {e}') from e
     finally:
         sys.path.pop(0)
@@ -551,7 +553,7 @@ def _from_npz(file):
     try:
         arrays = np.load(file, allow_pickle=False)
         return arrays['x'], arrays['y']
-    except (ValueError, IndexError, KeyError, EOFError, BadZipFile) as e:
+    except (ValueError, IndexError, KeyError, EOFError, BadZipFile, zlib.error) as e:
         raise ValueError(f'{file} is no .npz file with arrays x and y ({e})') from e
 
 # %% ../nbs/27_cli.ipynb #27-018q2
@@ -587,11 +589,14 @@ def _evaluate(args):
     given = _given(args, evaluate) | dict(images=None, bounds=tuple(args.bounds), say=_say)
     subjects = {name: _subject(args, name) for name in args.model}
     left = list(product(subjects, args.p))
+    folders = {pair: _own_folder(args, *pair) for pair in left}
+    if args.folder is not None and len({*folders.values()}) < len(left):
+        raise ValueError('models of the same name in one folder: evaluate them one by one')
     for wait in (False, True):  # first what no other process is at
         for name, p in left.copy():
             model, (x, y) = subjects[name]
             _say(f'{name}: {_which(args, len(y))}')
-            given |= dict(p=p, wait=wait, folder=_own_folder(args, name, p))
+            given |= dict(p=p, wait=wait, folder=folders[name, p])
             if (report := evaluate(model, x, y, **given)) is not None:
                 left.remove((name, p))
                 _say(f'\n{report}\n')

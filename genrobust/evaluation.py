@@ -13,8 +13,8 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from html import escape
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 # %% ../nbs/19_evaluate.ipynb #19-005b
+from . import __version__
 from genrobust.attacks.autodiff import (
     NoGradientError,
     ask,
@@ -59,7 +60,16 @@ from genrobust.attacks.inputs import (
 from .attacks.result import AttackResult, norm, per_image, require
 from .attacks.score_based import square
 from .attacks.sphere import fmn
-from .diagnosis import Caution, answers_differ, cross_check, inspect_model
+from genrobust.diagnosis import (
+    ATTACK_CHECKS,
+    MODEL_CHECKS,
+    AttackCase,
+    Caution,
+    ModelCase,
+    answers_differ,
+    effort_for,
+    no_gradient,
+)
 from .ensembles import ensemble as ensemble
 from .ensembles import parameters_of
 from .ensembles import worst_case as worst_case
@@ -122,6 +132,7 @@ class _Nearest:
 
     def __init__(self, subject, parts, predictions: Tensor, jobs: list):
         self.subject, self.parts, self.jobs = subject, parts, jobs
+        self.lost = torch.zeros_like(subject.y, dtype=torch.bool)  # The gradient, in an attack
         self.names = list(dict.fromkeys(job.name for job in jobs))
         x, y, wrong = subject.x, subject.y, predictions != subject.y
         self.distance = torch.full(y.shape, torch.inf, dtype=torch.float64, device=x.device)
@@ -141,6 +152,8 @@ class _Nearest:
     def attack(self, c: int, rates: dict) -> None:
         "All jobs on chunk `c`, each on the images that are left to it."
         for n, job in enumerate(self.jobs):
+            if job.is_spare and not self.lost[self.subject.chunks[c]].any():
+                continue
             worth = job.seconds(rates) * len(self.subject.chunks[c]) / (1 if n < 2 else 2)
             self.attack_once(job, n, c, worth)
 
@@ -154,11 +167,18 @@ class _Nearest:
 
         def compute():
             how = dict(p=s.p, eps=job.eps, seed=s.seed, attacks={job.name: job.attack})
-            found = worst_case(s.fixed(c), s.x[i], s.y[i], **how, **s.given(i))
+            try:
+                found = worst_case(s.fixed(c), s.x[i], s.y[i], **how, **s.given(i))
+            except NoGradientError:
+                return dict(lost=True)
             keys = 'x_adv', 'y_adv', 'success', 'forwards', 'backwards'
             return {key: getattr(found, key) for key in keys}
 
-        self.update(self.parts.do(f'attack-{n:03}-{c:04}', compute, worth), job, i)
+        found = self.parts.do(f'attack-{n:03}-{c:04}', compute, worth)
+        if 'lost' in found:
+            self.lost[i] = True
+        else:
+            self.update(found, job, i)
 
     def update(self, found: dict, job, i: Tensor) -> None:
         "Keep what is nearer, of what an attack found on images `i`."
@@ -178,7 +198,9 @@ class _Nearest:
         "As `worst_case` would return it for a radius; by default for any."
         r, near = self.result, self.result.success & (self.distance <= eps)
         rows = per_image(near, r.x)
-        about = dict(p=self.subject.p, seed=self.subject.seed, attacks=list(self.names))
+        jobs = [job for job in self.jobs if self.lost.any() or not job.is_spare]
+        names = list(dict.fromkeys(job.name for job in jobs))
+        about = dict(p=self.subject.p, seed=self.subject.seed, attacks=names)
         return replace(
             r,
             x_adv=torch.where(rows, r.x_adv, r.x),
@@ -196,6 +218,7 @@ class _Job(NamedTuple):
     attack: Callable
     eps: float | None = None  # Radius within which to look; None: as near as can be
     reach: float = 0.0  # Images with an adversarial example no farther than that are left out
+    is_spare: bool = False  # Only for images of which an attack lost the gradient
 
     @property
     def own(self) -> dict:
@@ -466,7 +489,7 @@ def _seconds_of_passes(
 
     with no_tf32(), seeded(0, x.device), torch.no_grad():
         query = timed(lambda model, x: ask(model, x).sum().item())
-    step = timed(_slope) if _has_gradient(model, few[:2]) else query
+    step = timed(_slope) if _has_gradient(model, few) else query
     return {'query': query, 'all classes': step, 'two classes': step * (0.3 if by_class else 1)}
 
 # %% ../nbs/19_evaluate.ipynb #19-060
@@ -547,6 +570,7 @@ class _Averages:
         self.subject, self.parts, self.nearest, self.jobs = subject, parts, nearest, jobs
         self.rows, self.points, self.clean = [], {}, {}
         self.wrong = torch.zeros_like(subject.y, dtype=torch.bool)
+        self.lost = self.wrong.clone()  # The gradient, in an attack
 
     def candidate(self, job, c: int, i: Tensor) -> dict:
         "Points that an attack on an average finds for images `i`, and their scores."
@@ -555,7 +579,10 @@ class _Averages:
             found = self.nearest.within(job.eps)
             return dict(x_adv=found.x_adv[i], **s.score(found.x_adv[i], i, 'choose'))
         seed = derive_seed('averages', s.seed, c)
-        found = job.attack(s.model, s.x[i], s.y[i], draws=s.draws, seed=seed, **s.given(i))
+        try:
+            found = job.attack(s.model, s.x[i], s.y[i], draws=s.draws, seed=seed, **s.given(i))
+        except NoGradientError:
+            return dict(x_adv=s.x[i], share=torch.zeros(len(i)), lost=True)
         scores = s.score(found.x_adv, i, 'choose')
         scores['forwards'] = scores['forwards'] + found.forwards
         return dict(x_adv=found.x_adv, backwards=found.backwards, **scores)
@@ -579,6 +606,7 @@ class _Averages:
                     continue
                 name = f'average-{k:03}-{n:03}-{c:04}'
                 found = do(name, partial(self.candidate, job, c, i[left]), worth)
+                self.lost[i[left]] |= 'lost' in found
                 better = found['share'] > share[left]
                 own = left[better]
                 point = point.index_copy(0, own, found['x_adv'][better])
@@ -631,6 +659,9 @@ class Evaluation:
     passes: dict[str, int]  # `forwards` and `backwards` of all attacks, by image
     seconds: float
     settings: dict  # Model, images and parameters
+    # What each check measured: a number, or in words why it could not
+    evidence: dict[str, float | str] = field(default_factory=dict)
+    images_checked: int = 0  # Most images that a check met
 
     @property
     def curve(self) -> "'pd.DataFrame'":
@@ -666,12 +697,21 @@ class Evaluation:
             won = self.result.to_frame().query('success').found_by.value_counts()
             text = ', '.join(f'{k} {v}' for k, v in won.items())
             below.append(f'nearest by {text or "none: no attack succeeded"}')
-        return above, title, below
+        return above, title, [*below, *self._limits()]
 
     def _verdict(self):
         if self.warnings is None:
             return 'Not checked for signs of a failed attack.'
         return 'Cautions, with evidence:' if self.warnings else 'No warning.'
+
+    def _limits(self):
+        "What the checks could not see, line by line"
+        open_ = {k: why for k, why in self.evidence.items() if isinstance(why, str)}
+        n = len(self.evidence) - len(open_)
+        if n:
+            yield f'{n} checks measured something, on at most {self.images_checked} images'
+        for why in dict.fromkeys(open_.values()):
+            yield f'not checked, {why}: {", ".join(k for k in open_ if open_[k] == why)}'
 
     def __repr__(self):
         above, title, below = self._lines()
@@ -721,7 +761,7 @@ class Evaluation:
     ) -> None:
         "Write `evaluation.json`, tables and tensors; an `OSError` if that cannot be done."
         folder = Path(folder)
-        names = 'clean', 'passes', 'seconds', 'settings'
+        names = 'clean', 'passes', 'seconds', 'settings', 'evidence', 'images_checked'
         about = {name: getattr(self, name) for name in names}
         about['robust'] = self.robust.to_dict('records')
         about['warnings'] = self.warnings and [c._asdict() for c in self.warnings]
@@ -806,13 +846,13 @@ class _Parts:
         self.tell(worth)
         return about | {k: v.to(self.device) for k, v in tensors.items()}
 
-    def chunks(self, n: int, wait: bool):
-        "0 to `n`, excluded, as this process may work on them."
+    def claimed(self, names: Mapping, wait: bool):
+        "Values, by the names of parts, as this process may work on them."
         if self.folder is None:
-            yield from range(n)
+            yield from names.values()
         else:
-            chunks = {self.file(f'chunk-{c:04}'): c for c in range(n)}
-            yield from map(chunks.get, claimed(chunks, wait))
+            files = {self.file(name): value for name, value in names.items()}
+            yield from map(files.get, claimed(files, wait))
 
     def tell(self, worth: float) -> None:
         "That so many of the expected seconds are done."
@@ -826,7 +866,8 @@ class _Parts:
 
     def begin(self, what: str) -> None:
         "What comes now, for the bar."
-        self.bar.set_description(what)
+        if self.bar is not None:
+            self.bar.set_description(what)
 
     @contextmanager
     def watched(self, seconds: float):
@@ -836,6 +877,14 @@ class _Parts:
             yield
 
 # %% ../nbs/19_evaluate.ipynb #19-052
+def _differs(name, one, other):
+    "Whether a setting does; logits are compared to three digits of the largest"
+    a, b = one.get(name), other.get(name)
+    if name != 'answers' or not a or not b:
+        return a != b
+    return len(a) != len(b) or not np.allclose(a, b, rtol=0, atol=1e-3 * np.abs(a).max())
+
+
 def _claim_folder(
     folder: str | Path | None,  # Where parts are to be kept
     about: dict,  # What the results depend on
@@ -851,7 +900,9 @@ def _claim_folder(
             known = dict(json.loads(file.read_text(encoding='utf-8')))
         except (ValueError, TypeError) as e:
             raise ValueError(f'{file} is corrupt ({e}): name another folder') from e
-        other = sorted(k for k in about.keys() | known.keys() if about.get(k) != known.get(k))
+        if not (folder / 'parts').exists():  # that another version may have left
+            known['version'] = about['version']
+        other = sorted(k for k in about.keys() | known.keys() if _differs(k, about, known))
         text = f'{folder} belongs to another evaluation, of other {", ".join(other)}'
         require(not other, f'{text}: name another folder')
     write_whole(file, json.dumps(about, indent=1, sort_keys=True) + '\n')
@@ -892,21 +943,22 @@ _COUNTS = {'one-shot': 'share', 'majority vote': 'majority', 'resubmission': 'wo
 def _check(p, eps, size, bounds, x):
     "Radii in ascending order, and images within bounds; a `ValueError` for what makes no sense"
     require(p in tuple(_NORMS), f'p must be 1, 2 or inf, found {p!r}')
-    require(size in SIZES, f'size must be one of {", ".join(SIZES)}, found {size!r}')
+    is_known = isinstance(size, str) and size in SIZES
+    require(is_known, f'size must be one of {", ".join(SIZES)}, found {size!r}')
     x = within_bounds(x, bounds)
     if eps is None:
         low, high = as_bounds(bounds, x)
         width = torch.as_tensor(high - low).max().item()
         eps = [width * r for r in RADII[p]]
-    eps = eps.tolist() if isinstance(eps, (Tensor, np.ndarray)) else eps
-    eps = list(eps) if isinstance(eps, (Sequence, set)) and not isinstance(eps, str) else [eps]
+    eps = eps.tolist() if hasattr(eps, 'tolist') else eps
+    eps = list(eps) if isinstance(eps, Iterable) and not isinstance(eps, str) else [eps]
     require(len(eps) > 0, 'eps must be a radius or several, found none')
     for radius in eps:
         check_positive(eps=radius)
     return sorted({float(radius) for radius in eps}), x
 
 # %% ../nbs/19_evaluate.ipynb #19-071s1
-def _about(subject, model, predictions, jobs):
+def _about(subject, model, jobs):
     "What results depend on, as JSON can hold it"
     s = subject
     name = getattr(model, 'name', None) or getattr(model, '__name__', type(model).__name__)
@@ -914,8 +966,8 @@ def _about(subject, model, predictions, jobs):
     is_plain = weights and all(type(value) is Tensor for value in weights.values())
     return dict(
         model=str(name),
-        # A function is known by what it answers, and so is a module that holds more than tensors
-        weights=digest(weights if is_plain else dict(answers=predictions)),
+        weights=digest(weights) if is_plain else None,
+        answers=_some_answers(s),
         images=digest(dict(x=s.x, y=s.y)),
         p=s.p,
         eps=s.radii,
@@ -923,10 +975,43 @@ def _about(subject, model, predictions, jobs):
         bounds=[as_json(bound) for bound in s.bounds],
         seed=s.seed,
         draws=s.draws if s.is_random else None,
-        attacks=[[job.name, job.eps] for job in jobs],
+        attacks=[[job.name, job.eps] for job in jobs if not job.is_spare],
+        version=__version__,
     )
 
+
+@torch.no_grad()
+def _some_answers(subject):
+    """The first logits of two images, clean and with noise: what a model is known by besides its
+    weights; None where its answers cannot be repeated"""
+    s, found = subject, []
+    noise = torch.rand(s.x[:2].shape, generator=torch.Generator().manual_seed(0)).to(s.x)
+    x = torch.cat([s.x[:2], s.x[:2].lerp(noise * s.x.amax(), 0.1)])
+    for _ in range(2):
+        with no_tf32(), seeded(derive_seed('known', s.seed), s.x.device):
+            found.append(ask_in_parts(s.fixed(0), x, s.batch_size or 256)[:, :10])
+    is_known = torch.allclose(*found, rtol=1e-3)
+    return [float(f'{v:.6g}') for v in found[0].flatten().tolist()] if is_known else None
+
 # %% ../nbs/19_evaluate.ipynb #19-072
+def _seconds_of_checks(subject, rates):
+    "That each check after the attacks takes, if half of the images stand"
+    effort, query, step = (
+        effort_for(subject.model, subject.size),
+        rates['query'],
+        rates['all classes'],
+    )
+    n = min(len(subject.x), effort.images)
+    return dict(
+        black_box_beats_white_box=n * effort.queries * query,
+        transfer_beats_white_box=5 * min(len(subject.x), 200) * query,
+        more_steps_help=n * 12 * effort.steps * step,
+        unbounded_attack_fails=n * effort.steps / 10 * step,
+        fgsm_beats_pgd=n * effort.steps * step,
+        binarisation=n * (2 * effort.inner * query + effort.steps / 4 * step),
+    )
+
+
 def _plan(subject, has_usable_gradient):
     "Jobs on the white box, and on averages"
     s, size = subject, SIZES[subject.size]
@@ -935,8 +1020,9 @@ def _plan(subject, has_usable_gradient):
     require(s.p > 1 or s.is_differentiable, 'p = 1 needs gradients; evaluate with p = 2 or inf')
     if s.is_white_box and s.is_differentiable:
         white = _white_box_jobs(s.p, s.radii, s.size, steps)
-    if s.is_white_box and not has_usable_gradient and s.p > 1:
-        white += _black_box_jobs(s.p, s.radii, size.queries)
+    if s.is_white_box and s.p > 1:
+        queries = _black_box_jobs(s.p, s.radii, size.queries)
+        white += [job._replace(is_spare=has_usable_gradient) for job in queries]
     if s.is_random:
         average = _average_jobs(s.p, s.radii, s.size, s.is_differentiable)
     return white, average
@@ -945,14 +1031,14 @@ def _plan(subject, has_usable_gradient):
 def _expected(subject, white, average, rates):
     "Seconds that all jobs take, if half of the images leave before all but the first two"
     s, seen = subject, sum(map(len, subject.averaged_images()))
-    alone = [job.seconds(rates) for job in white]
+    alone = [job.seconds(rates) for job in white if not job.is_spare]
     total = len(s.x) * (sum(alone[:2]) + sum(alone[2:]) / 2)
     return total + seen * s.draws * sum(job.seconds(rates) for job in average)
 
 # %% ../nbs/19_evaluate.ipynb #19-072s1
 def _describe(subject, white, average, seconds):
     "The plan, in words"
-    s, names = subject, list(dict.fromkeys(job.name for job in white))
+    s, names = subject, list(dict.fromkeys(job.name for job in white if not job.is_spare))
     yield f'{len(s.x)} images, p = {s.p:g}, eps = {", ".join(map("{:g}".format, s.radii))}'
     if white:
         random = f' on fixed latents, {len(s.chunks)} sets of them' if s.is_random else ''
@@ -975,15 +1061,16 @@ def _attack(subject, parts, predictions, plan, rates, wait):
     nearest = _Nearest(subject, parts, predictions, white) if subject.is_white_box else None
     averages = _Averages(subject, parts, nearest, average) if subject.is_random else None
     done = 0
-    for c in parts.chunks(len(subject.chunks), wait):
+    chunks = {f'chunk-{c:04}': c for c in range(len(subject.chunks))}
+    for c in parts.claimed(chunks, wait):
         for attacker in filter(None, (nearest, averages)):
             attacker.attack(c, rates)
         done += 1
-    return nearest, averages, done == len(subject.chunks)
+    return nearest, averages, done == len(chunks)
 
 # %% ../nbs/19_evaluate.ipynb #19-074s1
-def _cross_check(subject, nearest, averages, robust):
-    "Cautions about the radius at which about half of the images are left"
+def _attack_case(subject, nearest, averages, robust):
+    "What is checked after the attacks: the radius at which about half of the images are left"
     s, first = subject, robust[robust.threat_model == robust.threat_model[0]]
     eps = first.eps[(first.rate - 0.5).abs().idxmin()]
     if nearest is None:
@@ -992,20 +1079,49 @@ def _cross_check(subject, nearest, averages, robust):
         i = s.chunks[0] if s.is_random else torch.arange(len(s.x), device=s.x.device)
         found = nearest.within(eps)
         found = AttackResult.of({k: v[i] for k, v in found.tensors().items()}, found.settings)
-    how = dict(bounds=bounds_of(s.bounds, s.x, i), seed=s.seed, size=s.size)
-    return cross_check(s.fixed(0), s.x[i], s.y[i], s.p, eps, found, **how)
+    bounds = bounds_of(s.bounds, s.x, i)
+    return AttackCase(s.fixed(0), found, s.p, eps, bounds, s.seed, s.size)
 
 
 _ADVICE = {'random_answers': 'it is counted on resampled answers too: read these rows first'}
 
 
-def _checked(subject, check):
-    "Cautions as JSON can hold them, with other advice where it has been followed already"
-    with seeded(derive_seed('checks', subject.seed), subject.x.device):
-        cautions = check()
-    return dict(
-        cautions=[[c.name, float(c.evidence), _ADVICE.get(c.name, c.advice)] for c in cautions]
-    )
+def _judged(check, case):
+    """What a check found, as JSON can hold it: evidence, or why there is none, and a caution, with
+    other advice where it has been followed already"""
+    try:
+        with no_tf32(), seeded(derive_seed('checks', case().seed), case().device):
+            evidence, caution = check.found(case())
+    except (ArithmeticError, RuntimeError, ValueError) as e:
+        if is_out_of_memory(e):
+            raise
+        return dict(evidence=str(e), caution=None, images=0)
+    if math.isnan(evidence):
+        evidence = 'nothing to measure'
+    advice = _ADVICE.get(check.__name__, check.advice)
+    caution = caution and [check.__name__, evidence, advice]
+    return dict(evidence=evidence, caution=caution, images=len(case().x))
+
+
+def _judge(parts, checks, case, seconds, wait):
+    "What checks found, by name, but for those that other processes are at"
+    found, names = {}, {f'check-{check.__name__}': check for check in checks}
+    for check in parts.claimed(names, wait):
+        name = check.__name__
+        parts.begin(name.replace('_', ' '))
+        judged, worth = partial(_judged, check, case), seconds.get(name, 0)
+        found[name] = parts.do(f'check-{name}', judged, worth)
+    return {c.__name__: found[c.__name__] for c in checks if c.__name__ in found}
+
+
+def _cautions(found, nearest, averages):
+    "Those of checks, and of gradients that were there before the attacks and lost in them"
+    cautions = [Caution(*of['caution']) for of in found.values() if of['caution']]
+    lost = torch.stack([attacker.lost for attacker in (nearest, averages) if attacker]).any(0)
+    if lost.any():
+        share = lost.double().mean().item()
+        cautions.append(Caution('no_gradient', share, no_gradient.advice))
+    return cautions
 
 # %% ../nbs/19_evaluate.ipynb #19-076
 @no_tf32()
@@ -1016,6 +1132,7 @@ def _prepare(model, x, y, images, logits_of, own):
     own['draws'] = SIZES[own['size']].draws if own['draws'] is None else own['draws']
     counts = {k: own[k] for k in ('draws', 'batch_size') if own[k] is not None}
     check_counts(**counts)
+    own |= dict(p=float(own['p'])) | {name: int(count) for name, count in counts.items()}
     own['seed'] = check_seed(own['seed'], high=2**62)
     net, x = _adapt(model, x, logits_of)
     return _Subject(net, x, y.to(x.device), **own)
@@ -1024,13 +1141,15 @@ def _prepare(model, x, y, images, logits_of, own):
 def _run(subject, parts, predictions, wait, checks):
     """Checks, the plan, attacks, and checks of these: what an `Evaluation` consists of; None where
     other processes are at parts of it"""
-    s, inspected = subject, dict(bounds=subject.bounds, seed=subject.seed, size=subject.size)
-    look = partial(inspect_model, s.inspected, s.x, s.y, **inspected)
-    found = parts.do('inspect', lambda: _checked(s, look))['cautions'] if checks else []
-    is_usable = s.is_differentiable and not any('gradient' in name for name, *_ in found)
-    plan = _plan(s, is_usable)
+    s, found = subject, {}
+    if checks:
+        case = cache(partial(ModelCase, s.inspected, s.x, s.y, s.bounds, s.seed, s.size))
+        found = _judge(parts, MODEL_CHECKS, case, {}, True)
+    is_masked = any('gradient' in name and of['caution'] for name, of in found.items())
+    plan = _plan(s, s.is_differentiable and not is_masked)
     rates = _seconds_of_passes(s.model, s.x)
-    expected = _expected(s, *plan, rates)
+    seconds = _seconds_of_checks(s, rates) if checks else {}
+    expected = _expected(s, *plan, rates) + sum(seconds.values())
     for line in _describe(s, *plan, expected):
         parts.say(line)
     with parts.watched(expected):
@@ -1039,16 +1158,19 @@ def _run(subject, parts, predictions, wait, checks):
             return None
         robust, scores = _robust(s, nearest, averages)
         if checks:
-            parts.begin('checks')
-            check = partial(_cross_check, s, nearest, averages, robust)
-            found += parts.do('check', lambda: _checked(s, check))['cautions']
+            case = cache(partial(_attack_case, s, nearest, averages, robust))
+            found |= _judge(parts, ATTACK_CHECKS, case, seconds, wait)
+            if len(found) < len(MODEL_CHECKS + ATTACK_CHECKS):
+                return None
     clean = (predictions == s.y).double()
     if averages:
         clean = 1 - torch.cat([share for _, share in sorted(averages.clean.items())])
     return dict(
         clean=Rate.of(clean),
         robust=robust,
-        warnings=[Caution(*c) for c in found] if checks else None,
+        warnings=_cautions(found, nearest, averages) if checks else None,
+        evidence={name: of['evidence'] for name, of in found.items()},
+        images_checked=max((of['images'] for of in found.values()), default=0),
         result=nearest and nearest.within().to('cpu'),
         distance=nearest and nearest.distance.cpu(),
         scores=scores,
@@ -1082,7 +1204,7 @@ def evaluate(
     own = dict(p=p, eps=eps, size=size, bounds=bounds, seed=seed, draws=draws)
     s = _prepare(model, x, y, images, logits_of, own | dict(batch_size=batch_size))
     predictions = s.predictions()
-    about = _about(s, model, predictions, sum(_plan(s, s.is_differentiable), []))
+    about = _about(s, model, sum(_plan(s, s.is_differentiable), []))
     parts = _Parts(_claim_folder(folder, about), s.x.device, progress, say)
     with warnings.catch_warnings():  # gradients that are not finite are a caution
         warnings.simplefilter('ignore', RuntimeWarning)

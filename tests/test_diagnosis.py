@@ -1,11 +1,15 @@
 "Models that deceive are named for what they do, honest ones are not, and evidence is measured."
 
 import math
+import warnings
+from functools import cache
 from itertools import product
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import grad as grad_of  # before any check could watch it
+from torchvision.models import resnet18
 
 from genrobust.attacks import apgd, fgsm, random_noise
 from genrobust.data import load_or_synthetic
@@ -26,7 +30,7 @@ from genrobust.diagnosis import (
     inspect_model,
     saturation,
 )
-from genrobust.evaluation import worst_case
+from genrobust.evaluation import evaluate, worst_case
 from genrobust.models import load_pretrained
 
 EPS, N = 0.05, 8
@@ -84,16 +88,44 @@ def all_cautions(model, x, y, eps=EPS, p=math.inf):
 # --- who deceives and who does not
 
 
+@pytest.fixture(scope='module')
+def evaluated(dishonest, honest, splits):
+    "Reports by the name of the model, each made once"
+
+    @cache
+    def report(name):
+        model = (dishonest | honest)[name]
+        own = dict(eps=EPS, size='quick', progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')  # nothing but the report speaks
+            return evaluate(model, *images(splits, name, 24), **own)
+
+    return report
+
+
 @pytest.mark.parametrize('name', EXPECTED)
-def test_each_deceiver_is_named_for_what_it_does(dishonest, splits, name):
-    found = inspect_model(dishonest[name], *images(splits, name, 24), size='quick')
+def test_each_deceiver_is_named_for_what_it_does(evaluated, name):
+    found = evaluated(name).warnings
     assert EXPECTED[name] in names(found)
     assert all(math.isfinite(c.evidence) and c.evidence > 0 and c.advice for c in found)
 
 
 @pytest.mark.parametrize('name', HONEST)
-def test_there_is_no_false_alarm_on_small_honest_models(honest, splits, name):
-    assert all_cautions(honest[name], *images(splits, name)) == []
+def test_there_is_no_false_alarm_on_small_honest_models(evaluated, name):
+    report = evaluated(name)
+    assert report.warnings == []
+    assert sum(isinstance(of, float) for of in report.evidence.values()) >= 18, report.evidence
+
+
+@pytest.mark.parametrize('name', AROUND_LINEAR)
+def test_the_rate_is_the_exact_one_or_said_to_deserve_no_belief(evaluated, honest, splits, name):
+    """Of the linear model behind a deception, but where the deception is to add random numbers:
+    those have a caution too"""
+    x, y = images(splits, name, 24)
+    truth = honest['linear'].is_robust(x, y, EPS).double().mean().item()
+    report = evaluated(name)
+    low, high = report.robust.iloc[0][['low', 'high']]
+    assert low <= truth <= high or report.warnings, report
 
 
 @pytest.mark.parametrize('p, eps', [(2, 1.0), (1, 5.0)])
@@ -214,14 +246,40 @@ def test_gradients_are_counted_however_they_are_asked_for(linear, splits):
         torch.func.grad(lambda v: linear(v).sum())(z.detach())
         return linear(z)
 
+    def by_name(z):
+        inner = z.detach().requires_grad_()
+        with torch.enable_grad():
+            (g,) = grad_of(linear(inner).sum(), inner)
+        return linear(z) + 0 * g.sum()
+
     before = torch.autograd.grad, torch.autograd.backward
-    for model in (by_backward, by_function):
+    for model in (by_backward, by_function, by_name):
         assert names(inspect_model(model, x, y, size='quick')) == ['inner_optimisation']
     case = ModelCase(linear, x, y, size='quick')
     case.view = nn.Linear(3, 3)
     with pytest.raises(ValueError, match='cannot take images'):
         inner_optimisation(case)
     assert (torch.autograd.grad, torch.autograd.backward) == before
+
+
+@pytest.mark.parametrize('share', [0.05, 0.5])
+def test_pixels_cut_off_from_the_gradient_are_noticed(linear, splits, share):
+    x, y = images(splits)
+    is_cut = torch.rand(1, 28, 28, generator=torch.Generator().manual_seed(0)) < share
+
+    def model(z):
+        return linear(torch.where(is_cut, z.detach(), z))
+
+    assert names(inspect_model(model, x, y, size='quick')) == ['gradient_mismatch']
+    unused = torch.where(is_cut, 0, 1.0)  # no gradient there, and rightly so
+    assert inspect_model(lambda z: linear(z * unused), x, y, size='quick') == []
+
+
+def test_a_step_is_not_too_wide_for_images_of_many_pixels():
+    torch.manual_seed(0)
+    net = resnet18(num_classes=10).eval()
+    x = nn.functional.interpolate(torch.rand(4, 3, 8, 8), size=(128, 128), mode='bilinear')
+    assert inspect_model(net, x, None, size='quick') == []
 
 
 def test_half_precision_and_steep_models_raise_no_alarm(linear, splits):

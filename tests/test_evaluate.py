@@ -2,14 +2,17 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_inputs import NEVER
@@ -18,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from genrobust import cli, diagnosis, evaluation
+from genrobust.attacks import Normalized
 from genrobust.cli import main
 from genrobust.data import Images, load_or_synthetic
 from genrobust.evaluation import RADII, SIZES, Evaluation, ensemble, evaluate, worst_case
@@ -39,8 +43,8 @@ def checks():
 def no_checks(request, monkeypatch):
     "Others leave them out: they have tests of their own, and take most of the time"
     if 'checks' not in request.fixturenames:
-        monkeypatch.setattr(evaluation, 'inspect_model', lambda *args, **kw: [])
-        monkeypatch.setattr(evaluation, 'cross_check', lambda *args, **kw: [])
+        monkeypatch.setattr(evaluation, 'MODEL_CHECKS', ())
+        monkeypatch.setattr(evaluation, 'ATTACK_CHECKS', ())
 
 
 def quick(model, *data, **kw):
@@ -228,6 +232,14 @@ def test_images_come_in_many_forms():
     assert first.clean.n == 7
 
 
+def test_numbers_come_in_many_types(tmp_path):
+    report = quick(NET, X, Y, p=2, eps=(0.5, 1), draws=3, folder=tmp_path)
+    for eps in (pd.Series([0.5, 1]), (r for r in (1, 0.5)), torch.tensor([0.5, 1]), {1: 0, 0.5: 0}):
+        given = dict(p=np.float32(2), draws=np.int64(3), seed=np.int64(0), folder=tmp_path)
+        assert quick(NET, X, Y, eps=eps, **given).robust.equals(report.robust)
+    assert quick(NET, X, Y, p=torch.tensor(2), eps=1).clean == report.clean
+
+
 def test_bounds_may_be_others():
     wide = quick(lambda x: NET((x + 1) / 2), 2 * X - 1, Y, bounds=(-1, 1))
     assert wide.robust.eps.tolist() == [2 * r for r in RADII[math.inf]]
@@ -351,7 +363,7 @@ import torch
 from genrobust import diagnosis, evaluation
 from test_evaluate import X, Y, Latent as Quick, quick
 
-evaluation.inspect_model = evaluation.cross_check = lambda *args, **kw: []
+evaluation.MODEL_CHECKS = evaluation.ATTACK_CHECKS = ()
 
 class Latent(Quick):
     def forward(self, x):
@@ -440,6 +452,70 @@ def test_memory_that_does_not_suffice_is_no_bad_input(text):
     assert text in cli._exceeded(RuntimeError(text))
 
 
+class LosesGradient(nn.Module):
+    "Cuts off images that were moved; a network behind it"
+
+    def __init__(self, noise=0.0):
+        super().__init__()
+        self.net, self.noise = NET, noise
+        self.eval()
+
+    def forward(self, x):
+        is_moved = bool(((255 * x - (255 * x).round()).abs() > 1e-3).any())
+        x = x.detach() if is_moved else x
+        return self.net(x + self.noise * torch.randn_like(x))
+
+
+@pytest.mark.parametrize('noise', [0, 0.01])
+def test_a_gradient_that_is_lost_in_an_attack_is_told_and_queries_go_on(checks, noise):
+    x = (255 * X).round() / 255
+    report = quick(LosesGradient(noise), x, NET(x).argmax(1), eps=(0.1, 0.3))
+    lost = [c for c in report.warnings if c.name == 'no_gradient']
+    assert len(lost) == 1 and 0 < lost[0].evidence <= 1
+    if not noise:
+        assert {'Square', 'HopSkipJump'} <= set(report.result.settings['attacks'])
+        won = report.result.to_frame().query('success').found_by
+        assert set(won) <= {'Square', 'HopSkipJump'} and len(won)
+
+
+def test_a_check_that_fails_does_not_end_the_run_and_is_named(checks, monkeypatch):
+    def breaks(case):
+        raise RuntimeError('singular')
+
+    monkeypatch.setattr(evaluation.ATTACK_CHECKS[-1], 'found', breaks)
+    report = quick(NET, X, Y, eps=0.02)
+    assert report.warnings == [] and report.evidence['binarisation'] == 'singular'
+    assert 'not checked, singular: binarisation' in repr(report)
+    assert report.evidence['more_steps_help'] == 0 and report.images_checked == len(X)
+    monkeypatch.setattr(evaluation.ATTACK_CHECKS[-1], 'found', out_of_memory)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        quick(NET, X, Y, eps=0.02)
+
+
+def out_of_memory(case):
+    raise RuntimeError('CUDA out of memory')
+
+
+def test_a_report_says_which_checks_can_say_nothing(checks, tmp_path):
+    one = quick(NET, X[:1], Y[:1], eps=0.02)
+    assert one.evidence['black_box_beats_white_box'] == 'nothing to measure'
+    assert 'not checked, nothing to measure: normalisation' in repr(one)
+    wrong = quick(NET, X, (Y + 1) % 4, eps=0.02, folder=tmp_path)
+    assert 'no image of the result was classified correctly' in wrong.evidence['binarisation']
+    loaded = Evaluation.load(tmp_path)
+    assert loaded.evidence == wrong.evidence and repr(loaded) == repr(wrong)
+
+
+def test_an_answer_that_is_no_number_near_images_is_told(checks):
+    def model(x):
+        is_moved = ((255 * x - (255 * x).round()).abs() > 1e-3).flatten(1).any(1)
+        return NET(x).where(~is_moved[:, None], math.nan)
+
+    x = (255 * X).round() / 255
+    report = quick(model, x, NET(x).argmax(1), eps=0.1)
+    assert 'undefined_answers' in [caution.name for caution in report.warnings]
+
+
 def test_what_is_saved_is_loaded(tmp_path):
     for n, model in enumerate((NET, Latent(), lambda x: NET(x + torch.randn_like(x)))):
         report = quick(model, X, Y, eps=0.1)
@@ -455,8 +531,8 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 
 def test_checks_may_be_left_out_and_the_report_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, 'inspect_model', NEVER)
-    monkeypatch.setattr(evaluation, 'cross_check', NEVER)
+    monkeypatch.setattr(evaluation, 'MODEL_CHECKS', [NEVER])
+    monkeypatch.setattr(evaluation, 'ATTACK_CHECKS', [NEVER])
     report = quick(NET, X, Y, eps=0.1, checks=False, folder=tmp_path)
     assert report.warnings is None and 'Not checked' in repr(report)
     assert 'Not checked' in report._repr_html_()
@@ -482,6 +558,7 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path):
         (dict(p=2), 'p'),
         (dict(bounds=(-1, 2)), 'bounds'),
         (dict(model=lambda x: NET(x)), 'model'),
+        (dict(model=lambda x: 1.01 * NET(x)), 'answers'),
         (dict(images=5), 'images'),
     ]
     for own, what in others:
@@ -490,6 +567,50 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f'belongs to another evaluation.*{what}'):
             quick(model, x, y, folder=tmp_path, **given)
     assert (tmp_path / 'evaluation.json').read_bytes() == before
+
+
+def test_models_of_the_same_weights_that_answer_otherwise_are_told_apart(tmp_path):
+    class Noisy(nn.Module):
+        def __init__(self, std):
+            super().__init__()
+            self.net, self.std = NET, std
+            self.eval()
+
+        def forward(self, x):
+            return self.net(x + self.std * torch.randn_like(x))
+
+    models = [Noisy(0.05), Noisy(0.5), *(Normalized(NET, mean, 0.5) for mean in (0.1, 0.2))]
+    for n, model in enumerate(models):
+        folder = tmp_path / type(model).__name__
+        if n % 2 == 0:
+            quick(model, X, Y, eps=0.1, folder=folder)
+            continue
+        with pytest.raises(ValueError, match='of other answers: name another folder'):
+            quick(model, X, Y, eps=0.1, folder=folder)
+
+
+def test_rounding_of_logits_and_draws_that_cannot_be_seeded_are_no_other_model(tmp_path):
+    quick(NET, X, Y, folder=tmp_path / 'net')
+    nearly = deepcopy(NET)
+    nearly.forward = lambda x: NET(x) * (1 + 1e-6)
+    quick(nearly, X, Y, folder=tmp_path / 'net')
+    rng = np.random.default_rng(0)
+
+    def drawn(x):
+        return NET(x) + torch.from_numpy(rng.normal(size=(len(x), 4))).to(x)
+
+    for _ in range(2):
+        report = quick(drawn, X, Y, eps=0.1, folder=tmp_path / 'drawn')
+    assert report.settings['answers'] is None
+
+
+def test_parts_of_another_version_are_refused(tmp_path, monkeypatch):
+    report = quick(NET, X, Y, folder=tmp_path)
+    monkeypatch.setattr(evaluation, '__version__', '99')
+    with pytest.raises(ValueError, match='of other version'):
+        quick(NET, X, Y, folder=tmp_path)
+    shutil.rmtree(tmp_path / 'parts')
+    assert quick(NET, X, Y, folder=tmp_path).robust.equals(report.robust)
 
 
 def test_files_that_are_broken_are_one_error(tmp_path):
@@ -534,7 +655,7 @@ def test_a_plot_shows_the_curve_and_the_rates():
     assert 'at most' in ax.get_ylabel() and len(ax.get_legend().get_texts()) == 5
 
 
-def test_the_plan_is_said_before_it_starts(capsys):
+def test_the_plan_is_said_before_it_starts(checks, capsys):
     said = []
     evaluate(NET, X, Y, size='quick', progress=False, say=said.append)
     assert '12 images' in said[0] and 'DeepFool' in said[1] and said[2].startswith('about')
@@ -556,6 +677,7 @@ BAD = [
     (dict(eps=()), 'eps must be'),
     (dict(eps='0.1'), 'eps must be'),
     (dict(size='huge'), 'size must be'),
+    (dict(size=['quick']), 'size must be'),
     (dict(bounds=(1, 0)), 'bounds must be'),
     (dict(seed=-1), 'seed must be'),
     (dict(draws=0), 'draws must be'),
@@ -611,8 +733,12 @@ def test_the_command_evaluates_what_a_file_makes(tmp_path, capsys):
     (tmp_path / 'net.py').write_text(source)
     np.savez(tmp_path / 'mine.npz', x=X.numpy(), y=Y.numpy())
     net, npz, folder = tmp_path / 'net.py', tmp_path / 'mine.npz', tmp_path / 'out'
-    broken = tmp_path / 'broken.py'
+    broken, ends = tmp_path / 'broken.py', tmp_path / 'ends.py'
     broken.write_text('net = (')
+    ends.write_text('import sys; sys.exit(3)')
+    cut = tmp_path / 'cut.npz'
+    np.savez_compressed(cut, x=X.numpy(), y=Y.numpy())
+    cut.write_bytes(bytes(b ^ (200 < n < 260) for n, b in enumerate(cut.read_bytes())))
     common = '--images', npz, '--size', 'quick'
     status, out, err = command(
         capsys, f'{net}:net', *common, '--eps', 0.05, 0.1, '--folder', folder
@@ -626,6 +752,8 @@ def test_the_command_evaluates_what_a_file_makes(tmp_path, capsys):
         ([f'{tmp_path}/none.py:net', *common], 'no file'),
         ([f'{npz}:net', *common], 'no .py file'),
         ([f'{broken}:net', *common], 'cannot be run: SyntaxError'),
+        ([f'{ends}:net', *common], 'cannot be run: SystemExit'),
+        ([f'{net}:net', '--images', cut], 'no .npz file'),
         ([f'{net}:net', '--images', tmp_path / 'none.npz'], 'no file'),
         ([f'{net}:net', '--images', net], 'no .npz file'),
         ([f'{net}:net', *common, '--eps', 0.3, '--folder', folder], 'belongs to another'),
@@ -636,6 +764,35 @@ def test_the_command_evaluates_what_a_file_makes(tmp_path, capsys):
     ]:
         status, out, err = command(capsys, *args)
         assert status == 2 and match in err and len(err.strip().splitlines()) == 1, (args, err)
+
+
+DATA_CLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+from test_models_of_all_kinds import make_net
+
+@dataclass
+class Net:
+    scale: float
+
+    def __call__(self, x):
+        return self.scale * make_net()(x)
+
+net = Net(1.0)
+"""
+
+
+def test_the_command_knows_models_of_one_name_apart(tmp_path, capsys):
+    np.savez(tmp_path / 'mine.npz', x=X.numpy(), y=Y.numpy())
+    files = [tmp_path / name / 'net.py' for name in 'ab']
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(DATA_CLASS)
+    common = '--images', tmp_path / 'mine.npz', '--size', 'quick', '--folder', tmp_path / 'out'
+    status, out, err = command(capsys, *(f'{file}:net' for file in files), *common)
+    assert status == 2 and 'models of the same name in one folder' in err and not out
+    status, out, err = command(capsys, f'{files[0]}:net', *common, '--eps', 0.05)
+    assert status == 0 and not err and 'white box' in out
 
 
 def test_the_command_evaluates_saved_weights_on_test_images(tmp_path, capsys, drawn, monkeypatch):
