@@ -348,7 +348,19 @@ def _batches(x):
         n_parts = len(batch) if isinstance(batch, (tuple, list)) else 1
         text = f'batch {n} of x must be a pair (images, labels), found {n_parts} part'
         require(n_parts == 2, text + 's' * (n_parts > 1))
-        yield [torch.as_tensor(values) for values in batch]
+        x, y = (_as_tensor(values, f'batch {n} of x') for values in batch)
+        yield (x, y) if y.ndim else (x[None], y[None])  # or a sample
+
+
+def _as_tensor(values, name):
+    "A tensor, of an array or of numbers; a `ValueError` for something else"
+    try:
+        is_array = isinstance(values, np.ndarray)
+        found = torch.as_tensor(np.require(values, requirements='C') if is_array else values)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f'{name} must hold numbers: {e}') from e
+    require(not found.is_complex(), f'{name} holds complex numbers')
+    return found
 
 
 def _collect(x, images):
@@ -363,7 +375,9 @@ def _collect(x, images):
         if images is not None and n >= images:
             break
     require(n > 0, 'x holds no images')
-    return [torch.cat(values) for values in zip(*parts)]
+    shapes = list(dict.fromkeys(tuple(images.shape[1:]) for images, _ in parts if len(images)))
+    require(len(shapes) == 1, f'images of x must have one shape, found {shapes}')
+    return [torch.cat(values) for values in zip(*(part for part in parts if len(part[0])))]
 
 # %% ../nbs/19_evaluate.ipynb #19-040s1
 def _as_images(
@@ -378,9 +392,9 @@ def _as_images(
     require(y is not None or not is_array, 'y must be the labels of the images [N], found None')
     if y is None:
         is_pair = isinstance(x, (tuple, list)) and len(x) == 2
-        is_pair = is_pair and all(isinstance(part, (Tensor, np.ndarray)) for part in x)
+        is_pair = is_pair and isinstance(x[0], (Tensor, np.ndarray))
         x, y = x if is_pair else _collect(x, images)
-    x = torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
+    x = _as_tensor(x, 'x') if isinstance(x, np.ndarray) else x
     is_whole = isinstance(x, Tensor) and not x.is_floating_point()
     require(not is_whole, 'x holds whole numbers: give floats within bounds, x / 255 for bytes')
     check_images(x)
@@ -902,6 +916,7 @@ def _claim_folder(
             raise ValueError(f'{file} is corrupt ({e}): name another folder') from e
         if not (folder / 'parts').exists():  # that another version may have left
             known['version'] = about['version']
+        known.setdefault('answers', about['answers'])  # which older files lack
         other = sorted(k for k in about.keys() | known.keys() if _differs(k, about, known))
         text = f'{folder} belongs to another evaluation, of other {", ".join(other)}'
         require(not other, f'{text}: name another folder')

@@ -221,6 +221,8 @@ def test_images_come_in_many_forms():
     several = [
         Images(X, Y),
         (X.numpy(), Y.numpy()),
+        (X, Y.tolist()),
+        [(image, int(label)) for image, label in zip(X, Y)],
         TensorDataset(X, Y),
         DataLoader(TensorDataset(X, Y), batch_size=5),
         [(X[:7], Y[:7]), (X[7:], Y[7:])] + [(X[:0], Y[:0])],
@@ -692,6 +694,10 @@ BAD = [
     (dict(x=(255 * X).byte()), 'x / 255'),
     (dict(x='images', y=None), 'x must be images'),
     (dict(x=[X, X, X], y=None), 'must be a pair'),
+    (dict(x=[(X[:2], Y[:2]), (X[:2, :, :4], Y[:2])], y=None), 'one shape'),
+    (dict(x=[('image', 'label')], y=None), 'must hold numbers'),
+    (dict(x=np.array(['a', 'b']), y=Y[:2]), 'must hold numbers'),
+    (dict(x=X.numpy() + 1j), 'complex'),
     (dict(x=[], y=None), 'no images'),
     (dict(model=3), 'model must be'),
 ]
