@@ -1011,11 +1011,8 @@ def _some_answers(subject):
 # %% ../nbs/19_evaluate.ipynb #19-072
 def _seconds_of_checks(subject, rates):
     "That each check after the attacks takes, if half of the images stand"
-    effort, query, step = (
-        effort_for(subject.model, subject.size),
-        rates['query'],
-        rates['all classes'],
-    )
+    effort = effort_for(subject.model, subject.size)
+    query, step = rates['query'], rates['all classes']
     n = min(len(subject.x), effort.images)
     return dict(
         black_box_beats_white_box=n * effort.queries * query,
