@@ -21,11 +21,11 @@ import pytest
 import torch
 import yaml
 from bs4 import BeautifulSoup
-from notebooks import directives, plain_fences, readme, unlink
+from notebooks import directives, readme, unlink, with_fields
 from PIL import Image
 
 import genrobust
-from genrobust import cli
+from genrobust import _modidx, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
@@ -215,16 +215,17 @@ def anchors(page):
     return headings | set(re.findall('<a id="([^"]+)"', text))
 
 
-def test_the_site_is_processed_and_its_links_lead_somewhere():
+@pytest.fixture(scope='module')
+def pages():
+    "The folder of the pages that Quarto renders"
     subprocess.run(
-        ['nbdev_proc_nbs'],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        env=dict(os.environ, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'),
+        [sys.executable, ROOT / 'tests/notebooks.py', 'pages'], check=True, capture_output=True
     )
-    plain_fences()  # as `make docs` does
-    pages, site = ROOT / '_proc', f'{SETTINGS["doc_host"]}{SETTINGS["doc_baseurl"]}/'
+    return ROOT / '_proc'
+
+
+def test_the_site_is_processed_and_its_links_lead_somewhere(pages):
+    site = f'{SETTINGS["doc_host"]}{SETTINGS["doc_baseurl"]}/'
     rendered = {re.sub(r'^[0-9]+_', '', p.stem) + '.html': p.name for p in NOTEBOOKS}
     assert {p.name for p in pages.glob('*.ipynb')} == {p.name for p in NOTEBOOKS}
     assert (
@@ -284,6 +285,56 @@ def texts_of(path):
 def test_signatures_show_no_links():
     text = '```python\ndef f(x): # As [`g`](https://x.org/g)\n```\n[`g`](https://x.org/g)'
     assert unlink(text) == '```python\ndef f(x): # As `g`\n```\n[`g`](https://x.org/g)'
+
+
+def test_no_two_modules_have_a_public_name_in_common():
+    "nbdev links a name to where it was defined first, wherever the name stands"
+    modules = {}
+    for module, names in _modidx.d['syms'].items():
+        for name in names:
+            modules.setdefault(name.removeprefix(f'{module}.'), []).append(module)
+    twice = {n: where for n, where in modules.items() if len(where) > 1 and n[0] != '_'}
+    assert len(modules) > 500 and not twice, twice
+
+
+def test_documentation_links_to_the_source_of_its_own_module(pages):
+    "And no link stands inside another"
+    n = 0
+    for path in pages.glob('*.ipynb'):
+        module = re.search(r'#\| default_exp ([\w.]+)', (ROOT / 'nbs' / path.name).read_text())
+        assert not re.search(r'\[\[[^]]*\]\(', '\n'.join(texts_of(path))), path.name
+        for cell in [c for c in cells(path) if '\nshow_doc(' in c.source]:
+            (output,) = cell.outputs
+            source = re.search(r'\[source\]\(\S+?/blob/main/([^#]*)', output.data['text/markdown'])
+            assert source[1] == f'genrobust/{module[1].replace(".", "/")}.py', cell.source
+            n += 1
+    assert n > 300
+
+
+def test_classes_show_their_fields(pages):
+    "Those of named tuples and the bases of errors, where nbdev shows `*args, **kwargs`"
+    shown = '\n'.join(text for path in sorted(pages.glob('*.ipynb')) for text in texts_of(path))
+    assert not re.search(r'^def [A-Z]\w*\(\n    \*args', shown, re.M)
+    for name in MODULES:
+        module = importlib.import_module(f'genrobust.{name}')
+        for public in getattr(module, '__all__', []):
+            value = getattr(module, public)
+            if value.__module__ != module.__name__ if inspect.isclass(value) else True:
+                continue
+            if issubclass(value, Exception) and '__init__' not in vars(value):
+                assert f'\nclass {public}({value.__base__.__name__})\n```' in shown, public
+            elif issubclass(value, tuple):
+                code = re.search(
+                    f'^class {public}\\(NamedTuple\\):\n(.*?)^```', shown, re.M | re.S
+                )[1]
+                assert re.findall(r'^    (\w+):', code, re.M) == list(value._fields), public
+
+
+def test_a_class_that_shows_its_parameters_is_left_as_it_is():
+    text = '[source](https://x.org/a/blob/main/genrobust/data.py#L1)\n```python\ndef {}\n```'
+    assert with_fields(text.format('Images(\n    x, y\n):')) == text.format('Images(\n    x, y\n):')
+    fields = 'class Images(NamedTuple):\n    x: Tensor'
+    assert fields in with_fields(text.format('Images(\n    *args, **kwargs\n):'))
 
 
 def test_the_site_reads_well():
