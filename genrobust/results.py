@@ -436,6 +436,6 @@ def reproduce(
     note = 'synthetic images' if study.data == 'synthetic' else ''
     png = BytesIO()
     figure = show_attacks(results, class_names(study.data), note)
-    figure.savefig(png, dpi=110, bbox_inches='tight')
+    figure.savefig(png, dpi=220, bbox_inches='tight')
     write_whole(study.folder / 'examples.png', png.getvalue())
     return study.folder

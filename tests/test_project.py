@@ -7,6 +7,7 @@ import dis
 import importlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -57,6 +58,18 @@ def test_readme_is_the_index():
     } == figures, 'run: make readme'
     links = re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', text)
     assert links and all((ROOT / link).exists() for link in links), links
+
+
+def test_the_front_page_answers_first():
+    "Question, answer, figure and three buttons, before anything else; the README is short"
+    text = (ROOT / 'README.md').read_text()
+    parts = ['Is it so?', '**The answer', '](results/readme/', '[Results](', '\n## ']
+    found = [text.index(part) for part in parts]
+    assert found == sorted(found)
+    assert len(text[: found[1]].split()) <= 100 and len(text.split()) <= 1200
+    shown = '\n'.join(c.source for c in cells(ROOT / 'nbs/index.ipynb'))
+    buttons = re.findall(r'\]\(([^)]*)\)\{\.btn ', shown)
+    assert buttons == ['12_results.ipynb', 'try_it.ipynb', '19_evaluate.ipynb']
 
 
 @every_notebook
@@ -368,6 +381,70 @@ def test_styles_wrap_what_is_printed_and_let_formulas_scroll():
     assert len(css) < 3000 and 'http' not in css
 
 
+def contrast(*colours):
+    "By WCAG 2.2, of two colours such as #1b6e3c or #fff"
+    luminances = []
+    for colour in colours:
+        digits = re.sub('^(.)(.)(.)$', r'\1\1\2\2\3\3', colour.lstrip('#'))
+        rgb = [int(digits[k : k + 2], 16) / 255 for k in (0, 2, 4)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in rgb]
+        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    low, high = sorted(luminances)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_verdicts_come_first_as_coloured_words():
+    "They are legible in both themes, and a claim's numbers stand below it on a phone"
+    assert round(contrast('#fff', '#000'), 2) == 21
+    claims = '\n'.join(texts_of(ROOT / 'nbs/13_claims.ipynb'))
+    (table,) = re.findall(r'^::: \{\.stacked\}\n(.*?)\n:::$', claims, re.M | re.S)
+    head, _, *rows = [
+        line[2:-2].split(' | ') for line in table.splitlines() if line.startswith('|')
+    ]
+    assert head[:3] == ['verdict', 'claim', 'found'] and len(rows) > 20
+    css = (ROOT / 'nbs/styles.css').read_text()
+    words = {re.fullmatch(r'\[(\w+)\]\{\.\1\}', verdict)[1] for verdict, *_ in rows}
+    assert words == {'holds', 'fails', 'undecided', 'untested'}
+    for word in words - {'untested'}:
+        for scheme, background in ('', '#fff'), ('.quarto-dark ', '#222'):  # cosmo, darkly
+            colour = re.search(rf'^{re.escape(scheme)}\.{word} \{{ color: (#\w+);', css, re.M)[1]
+            assert contrast(colour, background) > 4.5
+    phone = css[css.index('@media (max-width: 600px)') :]
+    assert re.search(r'\.stacked tr, \.stacked td \{ display: block; \}', phone)
+
+
+def test_heads_of_tables_are_legible_in_both_themes():
+    "They have the colours of the text, not those that a theme has for a head"
+    css = (ROOT / 'nbs/styles.css').read_text()
+    rule = re.search(r'^thead, thead th \{(.*?)\}', css, re.M | re.S)[1]
+    assert 'color: inherit;' in rule and 'background-color: transparent;' in rule
+
+
+def test_results_open_with_one_line_a_model():
+    "The best in bold; all attacks on all models are folded"
+    found = cells(ROOT / 'nbs/12_results.ipynb')
+    before = itertools.takewhile(lambda cell: not cell.source.startswith('## '), found)
+    outputs = [o for c in before for o in c.get('outputs', [])]
+    (table,) = filter(None, (o.get('data', {}).get('text/markdown') for o in outputs))
+    head, _, *rows = [
+        line[2:-2].split(' | ') for line in table.splitlines() if line.startswith('|')
+    ]
+    assert len({model for model, *_ in rows}) == len(rows) >= 10
+    for column in range(head.index('accuracy'), head.index('n')):
+        assert any(row[column].startswith('**') for row in rows), head[column]
+    for n, cell in enumerate(found):
+        text = ''.join(o.get('data', {}).get('text/markdown', '') for o in cell.get('outputs', []))
+        if len(text.splitlines()) > 60:
+            assert 'collapse="true"' in found[n - 1].source and found[n + 1].source == ':::'
+
+
+@every_notebook
+def test_intervals_are_set_small(path):
+    interval = re.compile(r'[\d%] \[[-+.\de]+ ?%?, [-+.\de]+ ?%?\]')
+    rows = [line for text in texts_of(path) for line in text.splitlines() if line[:2] == '| ']
+    assert not list(filter(interval.search, rows))
+
+
 OPERATOR = '<mrow><mi mathvariant="normal">{}</mi><mo>&#8289;</mo></mrow>'  # as pandoc 3.9 has it
 LOG, ARG, MAX = map(OPERATOR.format, ('log', 'arg', 'max'))
 OPEN, BOTH = '<mo stretchy="false" form="prefix">(</mo>', '<mi mathvariant="normal">{}</mi>'
@@ -414,14 +491,18 @@ def test_tables_are_printed_by_one_function(path):
             assert is_example or not printed, (cell.id, printed[0])
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_pictures_carry_no_transparency(path):
+@every_notebook
+def test_pictures_are_sharp_and_carry_no_transparency(path):
+    "Twice as many pixels as are shown, but in one file that the study drew before it did so"
     for cell in cells(path):
         for output in cell.get('outputs', []):
             png = output.get('data', {}).get('image/png')
             if png:
+                shown = output.metadata['image/png']
                 with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
                     assert picture.mode in ('L', 'RGB'), cell.id
+                    is_older = cell.id == '12-028'
+                    assert is_older or picture.width >= 2 * shown['width'] - 1, cell.id
 
 
 @pytest.mark.parametrize('name', MODULES)
@@ -457,11 +538,14 @@ def test_workflows_are_valid_and_call_what_a_person_calls():
     }
     commands = [step['run'] for job in jobs.values() for step in job['steps'] if 'run' in step]
     targets = re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.M)
-    assert sorted(commands) == ['make docs', 'make test', 'make wheel'] and all(
-        c.split()[1] in targets for c in commands
-    )
+    browser, *made = sorted(commands, key=lambda command: 'chromium' not in command)
+    assert sorted(made) == ['make docs', 'make test', 'make wheel']
+    assert all(command.split()[1] in targets for command in made)
+    assert browser in [step.get('run') for step in jobs['test']['steps']][:-1]
+    assert 'apt-get install -y chromium' in browser
     steps = jobs['publish']['steps']
     assert any(step['uses'].startswith('pypa/gh-action-pypi-publish@') for step in steps)
+    assert steps[-1]['with']['attestations'] is True
     assert jobs['publish']['permissions'] == {'id-token': 'write'} and jobs['publish']['needs']
     publish = yaml.safe_load((ROOT / '.github/workflows/publish.yml').read_text())
     assert publish[True] == {'push': {'tags': ['v*']}}  # `on` is a truth value in YAML 1.1
