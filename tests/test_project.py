@@ -397,7 +397,7 @@ def test_verdicts_come_first_as_coloured_words():
     "They are legible in both themes, and a claim's numbers stand below it on a phone"
     assert round(contrast('#fff', '#000'), 2) == 21
     claims = '\n'.join(texts_of(ROOT / 'nbs/13_claims.ipynb'))
-    (table,) = re.findall(r'^::: \{\.stacked\}\n(.*?)\n:::$', claims, re.M | re.S)
+    (table,) = re.findall(r'^::: \{\.stacked\}\n\n(.*?)\n\n:::$', claims, re.M | re.S)
     head, _, *rows = [
         line[2:-2].split(' | ') for line in table.splitlines() if line.startswith('|')
     ]
