@@ -131,8 +131,9 @@ def with_fields(text):
     return starred.sub(lambda shown: declaration(source, shown[1]), text)
 
 
-def finish(text):
-    return with_fields(unlink(text))
+def upright(text):
+    "Documentation whose first line is not in italics, since a sentence may go on in the next one"
+    return re.sub(r'(^```\n\n)\*(.*)\*$', r'\1\2', text, flags=re.M)
 
 
 def pages():
@@ -147,10 +148,11 @@ def pages():
         nb = nbformat.read(path, as_version=4)
         for cell in nb.cells:
             if cell.cell_type == 'markdown':
-                cell.source = finish(cell.source)
+                cell.source = unlink(cell.source)
             for output in cell.get('outputs', []):
                 if 'text/markdown' in output.get('data', {}):
-                    output.data['text/markdown'] = finish(output.data['text/markdown'])
+                    text = unlink(output.data['text/markdown'])
+                    output.data['text/markdown'] = upright(with_fields(text))
         nbformat.write(nb, path)
 
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 from bs4 import BeautifulSoup
-from notebooks import directives, readme, unlink, with_fields
+from notebooks import directives, readme, unlink, upright, with_fields
 from PIL import Image
 
 import genrobust
@@ -341,6 +341,12 @@ def test_classes_show_their_fields(pages):
                     f'^class {public}\\(NamedTuple\\):\n(.*?)^```', shown, re.M | re.S
                 )[1]
                 assert re.findall(r'^    (\w+):', code, re.M) == list(value._fields), public
+
+
+def test_no_sentence_of_documentation_is_half_in_italics(pages):
+    assert upright('```\n\n*One *two*,*\nthree *four*.') == '```\n\nOne *two*,\nthree *four*.'
+    shown = '\n'.join(text for path in pages.glob('*.ipynb') for text in texts_of(path))
+    assert not re.findall(r'^```\n\n\*.*\*$', shown, re.M)
 
 
 def test_a_class_that_shows_its_parameters_is_left_as_it_is():
