@@ -528,7 +528,7 @@ def detect(
 ) -> "'tuple[dict, pd.DataFrame]'":  # Detectors by name; a row an image
     """Score clean images and adversarial examples by every detector that a model can have.
 
-    Rows are those of `score_images`, with `attack` ('clean' where there is none), `success` and
+    Rows are those of `score_images`, with the attack ('clean' where there is none), `success` and
     `initially_wrong`; `image` is -1 in a result that is not of the first test images, in order."""
     import pandas as pd
 

@@ -42,7 +42,7 @@ from genrobust.attacks.inputs import (
     as_bounds,
     as_labels,
     bounds_of,
-    check_images,
+    check_inputs,
     check_labels,
     check_model,
     check_range,
@@ -110,7 +110,7 @@ def check(
     advice: str,  # What to do next
 ) -> Callable:  # A decorator
     """Make a check, to `Caution | None`, of a function that measures evidence, a number; NaN where
-    there is nothing to measure. It keeps the function as `measure`, `limit`, and `found`, which
+    there is nothing to measure. It keeps the function as `.measure`, `.limit`, and `.found`, which
     returns the evidence besides."""
 
     def decorate(measure):
@@ -161,7 +161,7 @@ class ModelCase:
     ):
         self.effort = effort_for(model, size)
         check_model(model, allow_training=True)
-        check_images(x)
+        check_inputs(x)
         within_bounds(x, bounds)
         model = deepcopy(model) if is_training(model) else model  # its running statistics move
         self.model, self.seed = model, seed

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from .attacks.boundary import deepfool
 from .attacks.core import of_images, one_vs_all
-from .attacks.engine import Algorithm, run
+from .attacks.engine import Algorithm, run_attack
 from .attacks.gradient import apgd
-from .attacks.inputs import as_eps, check_images, check_range
+from .attacks.inputs import as_eps, check_inputs, check_range
 from .attacks.lagrangian import alma
 from .attacks.penalty import carlini_wagner
 from .attacks.projection import fab
@@ -129,7 +129,7 @@ def worst_case(
     chosen = chosen if attacks is None else _named(attacks)
     _check_shared(shared)
     settings = dict(attack='worst_case', p=p, eps=eps, attacks=list(chosen))
-    best = run(lambda state: state.x, model, x, y, settings=settings, **shared)
+    best = run_attack(lambda state: state.x, model, x, y, settings=settings, **shared)
     best.found_by = torch.full_like(best.y, -1)
     smallest, i = torch.full_like(radius, torch.inf), best.attacked.nonzero().squeeze(1)
     for n, attack in enumerate(chosen.values()):
@@ -197,7 +197,7 @@ def _own(attack, **defaults):
 # %% ../nbs/17_worst_case.ipynb #17-021s3
 def _radii(eps, x):
     "Radius of each image, float64 `[N]`; a `ValueError` for what is none"
-    check_images(x)
+    check_inputs(x)
     radii = math.inf if eps is None else as_eps(eps, x)
     if not isinstance(radii, Tensor):
         if eps is not None:
@@ -213,7 +213,7 @@ def _check_shared(shared):
     why = dict(target='it counts any other class', trace='it runs several attacks')
     for name in why.keys() & shared.keys():
         raise ValueError(f'worst_case: leave {name} out, {why[name]}')
-    known = signature(run).parameters.keys() - {'settings', *Algorithm._fields}
+    known = signature(run_attack).parameters.keys() - {'settings', *Algorithm._fields}
     for name in shared.keys() - known:
         text = f'worst_case() got an unexpected keyword argument {name!r}'
         raise TypeError(f'{text}; parameters of one attack are set by partial, in attacks=')

@@ -48,7 +48,7 @@ from genrobust.attacks.inputs import (
     bounds_of,
     check_counts,
     check_finite,
-    check_images,
+    check_inputs,
     check_labels,
     check_model,
     check_positive,
@@ -397,7 +397,7 @@ def _as_images(
     x = _as_tensor(x, 'x') if isinstance(x, np.ndarray) else x
     is_whole = isinstance(x, Tensor) and not x.is_floating_point()
     require(not is_whole, 'x holds whole numbers: give floats within bounds, x / 255 for bytes')
-    check_images(x)
+    check_inputs(x)
     y = as_labels(y, len(x), x.device, 'y')
     return x[:images].detach(), y[:images]
 

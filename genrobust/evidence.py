@@ -26,7 +26,7 @@ from .adaptive import FactorGradient, attack_with_detector, evasion_rate
 from .attacks.autodiff import NoGradientError, ask_in_parts, gradient_of
 from .attacks.core import rescore
 from .attacks.decision_based import hop_skip_jump
-from .attacks.engine import BestMargin, device_of, run
+from .attacks.engine import BestMargin, device_of, run_attack
 from .attacks.gradient import Ball, apgd, fgsm, pgd
 
 # %% ../nbs/41_checks.ipynb #41-005b
@@ -35,7 +35,7 @@ from genrobust.attacks.inputs import (
     as_labels,
     bounds_of,
     check_counts,
-    check_images,
+    check_inputs,
     check_model,
     check_positive,
     within_bounds,
@@ -128,7 +128,7 @@ def noise_in_ball(
     def solve(state):
         return ball.random_start(state, state.all)
 
-    return run(solve, model, x, y, settings=about, minimum_norm=False, **shared)
+    return run_attack(solve, model, x, y, settings=about, minimum_norm=False, **shared)
 
 # %% ../nbs/41_checks.ipynb #41-015
 class Trial:
@@ -152,7 +152,7 @@ class Trial:
         check_positive(eps=eps)
         require(size in BUDGETS, f'size must be one of {", ".join(BUDGETS)}, found {size!r}')
         check_model(model)
-        check_images(x)
+        check_inputs(x)
         self.budget, self.size = BUDGETS[size], size
         x, n = within_bounds(x, bounds), self.budget.images
         y = as_labels(y, len(x), x.device, 'y')
@@ -621,7 +621,7 @@ def match_logits(
     Brendel and Madry, 2020)."""
     own = dict(eps=eps, p=p, steps=steps)
     solve, about = _match(_logit_distance, x, y, like, own), dict(attack='match_logits', **own)
-    return run(solve, model, x, y, settings=about, minimum_norm=False, **shared)
+    return run_attack(solve, model, x, y, settings=about, minimum_norm=False, **shared)
 
 # %% ../nbs/41_checks.ipynb #41-039b
 def match_latents(
@@ -640,7 +640,7 @@ def match_latents(
     Tramèr, Carlini, Brendel and Madry, 2020)."""
     own = dict(eps=eps, p=p, steps=steps)
     solve, about = _match(_latent_distance, x, y, like, own), dict(attack='match_latents', **own)
-    return run(solve, model, x, y, settings=about, minimum_norm=False, **shared)
+    return run_attack(solve, model, x, y, settings=about, minimum_norm=False, **shared)
 
 # %% ../nbs/41_checks.ipynb #41-040
 @row(

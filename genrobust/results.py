@@ -11,7 +11,7 @@ __all__ = ['SHOWN', 'REPORT', 'smallest_perturbation', 'robust_accuracy', 'plot_
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -153,24 +153,50 @@ def _plain(value):
     """Text for a cell of a Markdown table, with nothing in it that Markdown takes for its own; an
     interval behind its number is set small"""
     text = re.sub(r'([\\`*$<|])', r'\\\1', ' '.join(str(value).splitlines()))
-    end = r'[-+.\de]+%?'
+    end = r'[-+.\de]+ ?%?'
     return re.sub(rf'(?<=[\d%]) (\[{end}, {end}\])', r' <small>\1</small>', text)
 
 
+def _embolden(cells, head, best, within):
+    """Set the best number of a column in bold, among rows that agree in the columns `within`;
+    none where all are equal"""
+    groups = {}
+    for row in cells:
+        number = re.match(r'[-+]?\d*\.?\d+(?:e[-+]?\d+)?', row[head])
+        if number:
+            group = groups.setdefault(tuple(row[key] for key in within), [])
+            group.append((float(number[0]), row))
+    for group in groups.values():
+        values = [value for value, _ in group]
+        for value, row in group:
+            if value == best(values) and min(values) < max(values):
+                row[head] = re.sub(r'^(\S+(?: %)?)', r'**\1**', row[head])
+
+# %% ../nbs/12_results.ipynb #12-021b
 def markdown_table(
     title: str,  # Set in bold above it; '' for none
     # All with the same keys, the heads of the columns, shown as they are; or a data frame, whose
     # index is shown where it has a name
     rows: "list[dict] | 'pd.DataFrame'",
+    *,
+    highest: Sequence = (),  # Heads of columns whose highest number is set in bold
+    lowest: Sequence = (),  # The same, of the lowest
+    within: Sequence = (),  # Heads of columns: only rows that agree in them are compared
 ) -> str:
-    "A table as Markdown text; a `ValueError` without rows."
+    """A table as Markdown text; a `ValueError` without rows, or for a column that is not there. A
+    number is what a cell begins with, as it is printed, so that there may be several best ones."""
     if not isinstance(rows, list):
         is_named = any(name is not None for name in rows.index.names)
         rows = (rows.reset_index() if is_named else rows).astype(str).to_dict('records')
     if not rows:
         raise ValueError(f'{title}: no rows; check the names of models and attacks')
-    lines = [[_plain(v) for v in line] for line in (rows[0], *(row.values() for row in rows))]
-    lines.insert(1, ['---'] * len(rows[0]))
+    missing = [head for head in (*highest, *lowest, *within) if head not in rows[0]]
+    require(not missing, f'{title}: expected columns of {list(rows[0])}, found {missing}')
+    cells = [{head: _plain(value) for head, value in row.items()} for row in rows]
+    for heads, best in ((highest, max), (lowest, min)):
+        for head in heads:
+            _embolden(cells, head, best, within)
+    lines = [map(_plain, rows[0]), ['---'] * len(rows[0]), *(row.values() for row in cells)]
     above = f'**{title}**\n\n' if title else ''
     return above + '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
@@ -410,6 +436,6 @@ def reproduce(
     note = 'synthetic images' if study.data == 'synthetic' else ''
     png = BytesIO()
     figure = show_attacks(results, class_names(study.data), note)
-    figure.savefig(png, dpi=110, bbox_inches='tight')
+    figure.savefig(png, dpi=220, bbox_inches='tight')
     write_whole(study.folder / 'examples.png', png.getvalue())
     return study.folder

@@ -24,7 +24,7 @@ from genrobust.attacks.inputs import (
     as_labels,
     check_counts,
     check_finite,
-    check_images,
+    check_inputs,
     check_model,
     check_positive,
     check_range,
@@ -86,7 +86,7 @@ def count_classes(
 
     Copies are not clipped to [0, 1]. A stochastic model resamples its latents for every copy."""
     check_model(model)
-    check_images(x)
+    check_inputs(x)
     check_positive(sigma=sigma)
     device, key = device_of(model, x), derive_seed('smoothing', check_seed(seed))
     size = batch_for(x[:1].to(device), 100) if batch_size is None else batch_size

@@ -1,5 +1,6 @@
-"Run notebooks and save what they show: `python tests/notebooks.py fast|slow [NAME...]`; print the index as README.md: `readme`; or take links out of the code of the processed pages: `fences`."
+"Run notebooks and save what they show: `python tests/notebooks.py fast|slow [NAME...]`; print the index as README.md: `readme`; or make the pages that Quarto renders, in `_proc/`: `pages`."
 
+import ast
 import os
 import re
 import shutil
@@ -107,8 +108,42 @@ def unlink(text):
     return fences.sub(lambda fence: link.sub(r'\1', fence[0]), text)
 
 
-def plain_fences():
-    "Take the links out of the signatures in `_proc/`."
+def declaration(source, name):
+    "A class of a module as readers want to see it: its bases and its fields, with their comments"
+    node = next(n for n in ast.parse(source).body if getattr(n, 'name', '') == name)
+    head = f'class {name}({", ".join(map(ast.unparse, node.bases))})'
+    ends = [field.end_lineno for field in node.body if isinstance(field, ast.AnnAssign)]
+    if not ends:
+        return head
+    lines = source.splitlines()[node.lineno : ends[-1]]
+    if ast.get_docstring(node):
+        del lines[: node.body[0].end_lineno - node.lineno]
+    return '\n'.join([f'{head}:', *(line for line in lines if line.strip())])
+
+
+def with_fields(text):
+    "Documentation in which no class is shown as `(*args, **kwargs)`, as nbdev has it of named tuples and errors"
+    module = re.search(r'^\[source\]\(\S+?/blob/\w+/([^#]*)#', text, re.M)
+    if not module:
+        return text
+    source = (ROOT / module[1]).read_text(encoding='utf-8')
+    starred = re.compile(r'^def ([A-Z]\w*)\(\n    \*args, \*\*kwargs\n\):$', re.M)
+    return starred.sub(lambda shown: declaration(source, shown[1]), text)
+
+
+def upright(text):
+    "Documentation whose first line is not in italics, since a sentence may go on in the next one"
+    return re.sub(r'(^```\n\n)\*(.*)\*$', r'\1\2', text, flags=re.M)
+
+
+def pages():
+    "The pages of the site, in `_proc/`: as nbdev makes them, but for the code of their documentation."
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+
+    os.chdir(ROOT)
+    refresh_quarto_yml()
+    proc_nbs(force=True)
     for path in sorted((ROOT / '_proc').glob('*.ipynb')):
         nb = nbformat.read(path, as_version=4)
         for cell in nb.cells:
@@ -116,7 +151,8 @@ def plain_fences():
                 cell.source = unlink(cell.source)
             for output in cell.get('outputs', []):
                 if 'text/markdown' in output.get('data', {}):
-                    output.data['text/markdown'] = unlink(output.data['text/markdown'])
+                    text = unlink(output.data['text/markdown'])
+                    output.data['text/markdown'] = upright(with_fields(text))
         nbformat.write(nb, path)
 
 
@@ -124,7 +160,7 @@ if __name__ == '__main__':
     command, *names = sys.argv[1:]
     if command == 'readme':
         write_readme()
-    elif command == 'fences':
-        plain_fences()
+    elif command == 'pages':
+        pages()
     else:
         execute(*names, slow=command == 'slow')

@@ -49,12 +49,13 @@ def has_picture(cell):
 
 @each_chapter
 def test_opens_with_what_matters(path):
-    "A callout *In short*, and a picture or a formula among the first five cells that are shown"
+    "A callout *In short* of at most 110 words, and a picture or a formula among the first five cells that are shown"
     shown = [cell for cell in cells(path) if cell.cell_type == 'markdown' or is_shown(cell)]
     text = re.search(
         r'^::: \{\.callout-\w+ title="In short"\}\n(.*?)\n:::', shown[2].source, re.M | re.S
     )
     assert text and 3 <= len(text[1].split('\n')) <= 5
+    assert len(text[1].split()) <= 110
     imports = [cell for cell in shown if re.search(r'^(?:import|from) ', cell.source, re.M)]
     assert any(has_picture(cell) for cell in [c for c in shown if c not in imports][2:7])
 
@@ -68,6 +69,16 @@ def test_cells_are_short(path):
         body = ast.parse(re.sub(r'^[!%].*', '', cell.source, flags=re.M)).body
         is_one = len(body) == 1 and isinstance(body[0], (ast.ClassDef, ast.FunctionDef))
         assert is_one or len(source_lines(cell)) <= 30, cell.source
+
+
+@each_chapter
+def test_the_most_instructive_code_stands_open(path):
+    "One to three cells, each of at most 30 lines; all others are folded"
+    shown = [cell for cell in cells(path) if '#| code-fold: false' in cell.source.splitlines()]
+    assert 1 <= len(shown) <= 3
+    for cell in shown:
+        assert cell.cell_type == 'code' and is_shown(cell) and 'slow' not in directives(cell)
+        assert 3 <= len(source_lines(cell)) <= 30, cell.source
 
 
 @each_chapter

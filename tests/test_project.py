@@ -7,6 +7,7 @@ import dis
 import importlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -21,11 +22,11 @@ import pytest
 import torch
 import yaml
 from bs4 import BeautifulSoup
-from notebooks import directives, plain_fences, readme, unlink
+from notebooks import directives, readme, unlink, upright, with_fields
 from PIL import Image
 
 import genrobust
-from genrobust import cli
+from genrobust import _modidx, cli
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
@@ -57,6 +58,18 @@ def test_readme_is_the_index():
     } == figures, 'run: make readme'
     links = re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', text)
     assert links and all((ROOT / link).exists() for link in links), links
+
+
+def test_the_front_page_answers_first():
+    "Question, answer, figure and three buttons, before anything else; the README is short"
+    text = (ROOT / 'README.md').read_text()
+    parts = ['Is it so?', '**The answer', '](results/readme/', '[Results](', '\n## ']
+    found = [text.index(part) for part in parts]
+    assert found == sorted(found)
+    assert len(text[: found[1]].split()) <= 100 and len(text.split()) <= 1200
+    shown = '\n'.join(c.source for c in cells(ROOT / 'nbs/index.ipynb'))
+    buttons = re.findall(r'\]\(([^)]*)\)\{\.btn ', shown)
+    assert buttons == ['12_results.ipynb', 'try_it.ipynb', '19_evaluate.ipynb']
 
 
 @every_notebook
@@ -215,16 +228,17 @@ def anchors(page):
     return headings | set(re.findall('<a id="([^"]+)"', text))
 
 
-def test_the_site_is_processed_and_its_links_lead_somewhere():
+@pytest.fixture(scope='module')
+def pages():
+    "The folder of the pages that Quarto renders"
     subprocess.run(
-        ['nbdev_proc_nbs'],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        env=dict(os.environ, PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}'),
+        [sys.executable, ROOT / 'tests/notebooks.py', 'pages'], check=True, capture_output=True
     )
-    plain_fences()  # as `make docs` does
-    pages, site = ROOT / '_proc', f'{SETTINGS["doc_host"]}{SETTINGS["doc_baseurl"]}/'
+    return ROOT / '_proc'
+
+
+def test_the_site_is_processed_and_its_links_lead_somewhere(pages):
+    site = f'{SETTINGS["doc_host"]}{SETTINGS["doc_baseurl"]}/'
     rendered = {re.sub(r'^[0-9]+_', '', p.stem) + '.html': p.name for p in NOTEBOOKS}
     assert {p.name for p in pages.glob('*.ipynb')} == {p.name for p in NOTEBOOKS}
     assert (
@@ -286,6 +300,62 @@ def test_signatures_show_no_links():
     assert unlink(text) == '```python\ndef f(x): # As `g`\n```\n[`g`](https://x.org/g)'
 
 
+def test_no_two_modules_have_a_public_name_in_common():
+    "nbdev links a name to where it was defined first, wherever the name stands"
+    modules = {}
+    for module, names in _modidx.d['syms'].items():
+        for name in names:
+            modules.setdefault(name.removeprefix(f'{module}.'), []).append(module)
+    twice = {n: where for n, where in modules.items() if len(where) > 1 and n[0] != '_'}
+    assert len(modules) > 500 and not twice, twice
+
+
+def test_documentation_links_to_the_source_of_its_own_module(pages):
+    "And no link stands inside another"
+    n = 0
+    for path in pages.glob('*.ipynb'):
+        module = re.search(r'#\| default_exp ([\w.]+)', (ROOT / 'nbs' / path.name).read_text())
+        assert not re.search(r'\[\[[^]]*\]\(', '\n'.join(texts_of(path))), path.name
+        for cell in [c for c in cells(path) if '\nshow_doc(' in c.source]:
+            (output,) = cell.outputs
+            source = re.search(r'\[source\]\(\S+?/blob/main/([^#]*)', output.data['text/markdown'])
+            assert source[1] == f'genrobust/{module[1].replace(".", "/")}.py', cell.source
+            n += 1
+    assert n > 300
+
+
+def test_classes_show_their_fields(pages):
+    "Those of named tuples and the bases of errors, where nbdev shows `*args, **kwargs`"
+    shown = '\n'.join(text for path in sorted(pages.glob('*.ipynb')) for text in texts_of(path))
+    assert not re.search(r'^def [A-Z]\w*\(\n    \*args', shown, re.M)
+    for name in MODULES:
+        module = importlib.import_module(f'genrobust.{name}')
+        for public in getattr(module, '__all__', []):
+            value = getattr(module, public)
+            if value.__module__ != module.__name__ if inspect.isclass(value) else True:
+                continue
+            if issubclass(value, Exception) and '__init__' not in vars(value):
+                assert f'\nclass {public}({value.__base__.__name__})\n```' in shown, public
+            elif issubclass(value, tuple):
+                code = re.search(
+                    f'^class {public}\\(NamedTuple\\):\n(.*?)^```', shown, re.M | re.S
+                )[1]
+                assert re.findall(r'^    (\w+):', code, re.M) == list(value._fields), public
+
+
+def test_no_sentence_of_documentation_is_half_in_italics(pages):
+    assert upright('```\n\n*One *two*,*\nthree *four*.') == '```\n\nOne *two*,\nthree *four*.'
+    shown = '\n'.join(text for path in pages.glob('*.ipynb') for text in texts_of(path))
+    assert not re.findall(r'^```\n\n\*.*\*$', shown, re.M)
+
+
+def test_a_class_that_shows_its_parameters_is_left_as_it_is():
+    text = '[source](https://x.org/a/blob/main/genrobust/data.py#L1)\n```python\ndef {}\n```'
+    assert with_fields(text.format('Images(\n    x, y\n):')) == text.format('Images(\n    x, y\n):')
+    fields = 'class Images(NamedTuple):\n    x: Tensor'
+    assert fields in with_fields(text.format('Images(\n    *args, **kwargs\n):'))
+
+
 def test_the_site_reads_well():
     "Folded code, a way on, sharp figures to enlarge, tables as wide as they need, and the navbar"
     site = yaml.safe_load((ROOT / '_quarto.yml').read_text())
@@ -315,6 +385,70 @@ def test_styles_wrap_what_is_printed_and_let_formulas_scroll():
     for rule in ('overflow-x: auto', 'max-width: 100%'):
         assert rule in rules['math[display=block]']
     assert len(css) < 3000 and 'http' not in css
+
+
+def contrast(*colours):
+    "By WCAG 2.2, of two colours such as #1b6e3c or #fff"
+    luminances = []
+    for colour in colours:
+        digits = re.sub('^(.)(.)(.)$', r'\1\1\2\2\3\3', colour.lstrip('#'))
+        rgb = [int(digits[k : k + 2], 16) / 255 for k in (0, 2, 4)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in rgb]
+        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    low, high = sorted(luminances)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_verdicts_come_first_as_coloured_words():
+    "They are legible in both themes, and a claim's numbers stand below it on a phone"
+    assert round(contrast('#fff', '#000'), 2) == 21
+    claims = '\n'.join(texts_of(ROOT / 'nbs/13_claims.ipynb'))
+    (table,) = re.findall(r'^::: \{\.stacked\}\n\n(.*?)\n\n:::$', claims, re.M | re.S)
+    head, _, *rows = [
+        line[2:-2].split(' | ') for line in table.splitlines() if line.startswith('|')
+    ]
+    assert head[:3] == ['verdict', 'claim', 'found'] and len(rows) > 20
+    css = (ROOT / 'nbs/styles.css').read_text()
+    words = {re.fullmatch(r'\[(\w+)\]\{\.\1\}', verdict)[1] for verdict, *_ in rows}
+    assert words == {'holds', 'fails', 'undecided', 'untested'}
+    for word in words - {'untested'}:
+        for scheme, background in ('', '#fff'), ('.quarto-dark ', '#222'):  # cosmo, darkly
+            colour = re.search(rf'^{re.escape(scheme)}\.{word} \{{ color: (#\w+);', css, re.M)[1]
+            assert contrast(colour, background) > 4.5
+    phone = css[css.index('@media (max-width: 600px)') :]
+    assert re.search(r'\.stacked tr, \.stacked td \{ display: block; \}', phone)
+
+
+def test_heads_of_tables_are_legible_in_both_themes():
+    "They have the colours of the text, not those that a theme has for a head"
+    css = (ROOT / 'nbs/styles.css').read_text()
+    rule = re.search(r'^thead, thead th \{(.*?)\}', css, re.M | re.S)[1]
+    assert 'color: inherit;' in rule and 'background-color: transparent;' in rule
+
+
+def test_results_open_with_one_line_a_model():
+    "The best in bold; all attacks on all models are folded"
+    found = cells(ROOT / 'nbs/12_results.ipynb')
+    before = itertools.takewhile(lambda cell: not cell.source.startswith('## '), found)
+    outputs = [o for c in before for o in c.get('outputs', [])]
+    (table,) = filter(None, (o.get('data', {}).get('text/markdown') for o in outputs))
+    head, _, *rows = [
+        line[2:-2].split(' | ') for line in table.splitlines() if line.startswith('|')
+    ]
+    assert len({model for model, *_ in rows}) == len(rows) >= 10
+    for column in range(head.index('accuracy'), head.index('n')):
+        assert any(row[column].startswith('**') for row in rows), head[column]
+    for n, cell in enumerate(found):
+        text = ''.join(o.get('data', {}).get('text/markdown', '') for o in cell.get('outputs', []))
+        if len(text.splitlines()) > 60:
+            assert 'collapse="true"' in found[n - 1].source and found[n + 1].source == ':::'
+
+
+@every_notebook
+def test_intervals_are_set_small(path):
+    interval = re.compile(r'[\d%] \[[-+.\de]+ ?%?, [-+.\de]+ ?%?\]')
+    rows = [line for text in texts_of(path) for line in text.splitlines() if line[:2] == '| ']
+    assert not list(filter(interval.search, rows))
 
 
 OPERATOR = '<mrow><mi mathvariant="normal">{}</mi><mo>&#8289;</mo></mrow>'  # as pandoc 3.9 has it
@@ -363,14 +497,18 @@ def test_tables_are_printed_by_one_function(path):
             assert is_example or not printed, (cell.id, printed[0])
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
-def test_pictures_carry_no_transparency(path):
+@every_notebook
+def test_pictures_are_sharp_and_carry_no_transparency(path):
+    "Twice as many pixels as are shown, but in one file that the study drew before it did so"
     for cell in cells(path):
         for output in cell.get('outputs', []):
             png = output.get('data', {}).get('image/png')
             if png:
+                shown = output.metadata['image/png']
                 with Image.open(io.BytesIO(base64.b64decode(png))) as picture:
                     assert picture.mode in ('L', 'RGB'), cell.id
+                    is_older = cell.id == '12-028'
+                    assert is_older or picture.width >= 2 * shown['width'] - 1, cell.id
 
 
 @pytest.mark.parametrize('name', MODULES)
@@ -406,11 +544,14 @@ def test_workflows_are_valid_and_call_what_a_person_calls():
     }
     commands = [step['run'] for job in jobs.values() for step in job['steps'] if 'run' in step]
     targets = re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(), re.M)
-    assert sorted(commands) == ['make docs', 'make test', 'make wheel'] and all(
-        c.split()[1] in targets for c in commands
-    )
+    browser, *made = sorted(commands, key=lambda command: 'chromium' not in command)
+    assert sorted(made) == ['make docs', 'make test', 'make wheel']
+    assert all(command.split()[1] in targets for command in made)
+    assert browser in [step.get('run') for step in jobs['test']['steps']][:-1]
+    assert 'apt-get install -y chromium' in browser
     steps = jobs['publish']['steps']
     assert any(step['uses'].startswith('pypa/gh-action-pypi-publish@') for step in steps)
+    assert steps[-1]['with']['attestations'] is True
     assert jobs['publish']['permissions'] == {'id-token': 'write'} and jobs['publish']['needs']
     publish = yaml.safe_load((ROOT / '.github/workflows/publish.yml').read_text())
     assert publish[True] == {'push': {'tags': ['v*']}}  # `on` is a truth value in YAML 1.1

@@ -22,7 +22,7 @@ from genrobust.referee import (
     optimality_table,
     read_referee,
     referee,
-    robust_accuracy,
+    robustness_curve,
     run_contestant,
     smallest_eps,
 )
@@ -66,7 +66,7 @@ def test_optimality_is_the_integral_of_the_curves():
     rng = np.random.default_rng(0)
     found = rng.exponential(size=(3, 50))
     envelope, eps = found.min(0), np.linspace(0, found.min(0).max(), 200_001)
-    areas = [trapezoid(robust_accuracy(sizes, eps), eps) for sizes in (found[0], envelope)]
+    areas = [trapezoid(robustness_curve(sizes, eps), eps) for sizes in (found[0], envelope)]
     expected = 1 - (areas[0] - areas[1]) / (eps[-1] - areas[1])
     assert optimality(found[0], envelope) == pytest.approx(expected, abs=1e-4)
 

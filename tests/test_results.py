@@ -155,6 +155,7 @@ def test_an_interval_is_set_small_behind_its_number():
     shown = {
         '100.0% [98.0%, 100.0%]': '100.0% <small>[98.0%, 100.0%]</small>',
         '-0.1 [-0.2, 1e-05] <b>': '-0.1 <small>[-0.2, 1e-05]</small> <b>',
+        '7.5 % [3.0 %, 9 %]': '7.5 % <small>[3.0 %, 9 %]</small>',
         '[1, 2]': '[1, 2]',
         'a [b, c]': 'a [b, c]',
         '1 [a](b.ipynb)': '1 <a href="b.ipynb">a</a>',
@@ -162,6 +163,34 @@ def test_an_interval_is_set_small_behind_its_number():
     _, *rows = rows_of(markdown_table('T', [{'x': text} for text in shown]))
     assert [cell for (cell,) in rows] == list(shown.values())
     assert markdown_table('', [{'x': 1}]) == '| x |\n| --- |\n| 1 |'
+
+
+def test_the_best_number_of_a_column_is_bold():
+    rows = [
+        dict(model='a', n=1, rate='50.0% [40.0%, 60.0%]', l2=0.2, x='-'),
+        dict(model='b', n=1, rate='9.5 %', l2=1e-05, x='-'),
+        dict(model='c', n=2, rate='30.0%', l2=float('inf'), x='-'),
+        dict(model='d', n=2, rate='30.0%', l2=3, x='7 of 8'),
+    ]
+    of = dict(highest=['rate', 'x'], lowest=['l2'])
+    _, *shown = rows_of(markdown_table('T', rows, **of))
+    best = '<strong>50.0%</strong> <small>[40.0%, 60.0%]</small>'
+    assert [row[2] for row in shown] == [best, '9.5 %', '30.0%', '30.0%']
+    assert [row[3] for row in shown] == ['0.2', '<strong>1e-05</strong>', 'inf', '3']
+    assert [row[4] for row in shown] == ['-', '-', '-', '7 of 8']  # there is one number
+    _, *shown = rows_of(markdown_table('T', rows + [dict(rows[1], n=2, l2=3)], **of, within=['n']))
+    assert [row[2] for row in shown] == [
+        best,
+        '9.5 %',
+        '<strong>30.0%</strong>',
+        '<strong>30.0%</strong>',
+        '9.5 %',
+    ]
+    assert [row[3] for row in shown] == ['0.2', '<strong>1e-05</strong>', 'inf', '3', '3']
+    _, *shown = rows_of(markdown_table('T', [dict(v='-3 %'), dict(v='-1.5 %')], highest=['v']))
+    assert shown == [['-3 %'], ['<strong>-1.5 %</strong>']]
+    with pytest.raises(ValueError, match="expected columns of .*'model'.*found .*'rates'"):
+        markdown_table('T', rows, highest=['rates'])
 
 
 def truncated(file, *_):

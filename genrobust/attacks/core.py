@@ -24,7 +24,7 @@ from genrobust.attacks.engine import (
     check_model,
     check_range,
     device_of,
-    run,
+    run_attack,
 )
 from .inputs import as_bounds, as_eps, as_labels, as_mask
 from .random_numbers import uniform
@@ -141,7 +141,7 @@ def _rank_targets(model, x, y, n_targets, shared):
         found.append((state.positions.to(x.device), goals.to(x.device)))
         return state.x
 
-    first = run(rank, model, x, y, settings={}, **shared)
+    first = run_attack(rank, model, x, y, settings={}, **shared)
     width = found[0][1].shape[1] if found else 1
     targets = ((first.y + 1) % n_classes)[:, None].repeat(1, width)
     for positions, goals in found:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_mask', 'as_json', 'as_rows', 'as_eps', 'as_bounds', 'bounds_of', 'within_bounds', 'Wrapped', 'EOT', 'LogitsOf',
-           'Normalized', 'Levels', 'check_counts', 'check_range', 'check_positive', 'check_images', 'as_labels',
+           'Normalized', 'Levels', 'check_counts', 'check_range', 'check_positive', 'check_inputs', 'as_labels',
            'check_labels', 'check_targets', 'check_finite', 'is_training', 'check_model']
 
 # %% ../../nbs/33_inputs.ipynb #33-005
@@ -346,7 +346,7 @@ def check_positive(**numbers: float) -> None:
         require(value > 0, f'{name} must be above 0, found {value}')
 
 # %% ../../nbs/33_inputs.ipynb #33-051
-def check_images(
+def check_inputs(
     x: Tensor,  # Images
 ) -> None:
     "Raise a `ValueError` unless these are images `[N,...]`, finite and at least one."

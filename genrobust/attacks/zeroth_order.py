@@ -31,7 +31,7 @@ def query_points(
 
 # %% ../../nbs/07_zoo.ipynb #07-014a
 class FiniteDifferences:
-    "`gradient` and `evaluate` for `minimise`, from queries: symmetric differences, two for a pixel"
+    "Gradient and logits for `minimise`, from queries: symmetric differences, two for a pixel"
 
     def __init__(
         self,
