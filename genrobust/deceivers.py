@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .attacks.result import margin
 from .models import CNN
-from .numerics import seeded
+from .numerics import seeded, widest
 
 # %% ../nbs/35_deceivers.ipynb #35-010
 class Linear(nn.Module):
@@ -43,8 +43,7 @@ class Linear(nn.Module):
         bounds: tuple = (0, 1),  # Of pixels
     ) -> Tensor:  # Bool `[N]`
         "Whether no point of the ball within bounds is misclassified, exactly."
-        flat, logits = x.flatten(1).double(), self(x).double()
-        w = self.layer.weight.double()
+        flat, logits, w = (v.to(widest(x)) for v in (x.flatten(1), self(x), self.layer.weight))
         down, up = ((bound - flat).clamp(-eps, eps) for bound in bounds)
         left = torch.full_like(flat[:, 0], torch.inf)
         for c in range(len(w)):

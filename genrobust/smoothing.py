@@ -53,7 +53,7 @@ def lower_confidence_bound(
     from scipy.stats import beta
 
     _check_alpha(alpha)
-    k, n = (torch.as_tensor(value).double().cpu() for value in (k, n))
+    k, n = (torch.as_tensor(value).cpu().double() for value in (k, n))
     is_right = bool(((k >= 0) & (k <= n) & (n >= 1)).all())
     require(is_right, f'expected 0 <= k <= n and n >= 1, found k = {k} and n = {n}')
     bound = beta.ppf(alpha, k.clamp_min(1), n - k + 1)

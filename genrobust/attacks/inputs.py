@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .autodiff import ask
 from .result import require
 from ..files import digest
+from ..numerics import widest
 
 # %% ../../nbs/33_inputs.ipynb #33-022
 def as_mask(
@@ -62,14 +63,13 @@ def as_rows(
     value: float | Sequence | Tensor,  # A number, `[N]`, or what broadcasts against the images
     x: Tensor,  # Images `[N,...]`
     name: str,  # What to call it in an error
-) -> float | Tensor:  # The number, or float64 `[N,...]` with as many axes as `x`
+) -> float | Tensor:  # The number, or of the `widest` type, `[N,...]` with as many axes as `x`
     "One value for all images, one for each, or one for each channel or pixel."
     if isinstance(value, (Real, str, type(None))) or getattr(value, 'shape', None) == ():
         return value if isinstance(value, (Real, str, type(None))) else value.item()
     text = f'{name} must be a number, [{len(x)}] for each image, or broadcast to {list(x.shape)}'
     try:
-        wide = torch.float32 if x.device.type == 'mps' else torch.float64  # which that has not
-        value = torch.as_tensor(value, dtype=wide, device=x.device).detach()
+        value = torch.as_tensor(value, dtype=widest(x), device=x.device).detach()
         rows = value.view(-1, *[1] * (x.ndim - 1)) if value.ndim == 1 else value
         rows = rows[(None,) * (x.ndim - rows.ndim)]
         fits = rows.ndim == x.ndim and torch.broadcast_shapes(rows.shape, x.shape) == x.shape
