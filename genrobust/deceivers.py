@@ -311,7 +311,7 @@ def deceivers(
     y: Tensor,  # Labels `[N]`, 0 to 9
 ) -> dict[str, nn.Module]:  # By the names of `EXPECTED`
     "Models that look robust, all but one of them around the same linear classifier."
-    with seeded(0):
+    with seeded(0, torch.get_default_device()):
         linear, k_winners = Linear(), KWinners()
     linear = train_briefly(linear, x, y)
     wrappers = [Softmax, Detached, Rounded, NanGradient, Noisy, Saturated, FlatTanh, Vote]
@@ -327,7 +327,7 @@ def honest_models(
 ) -> dict[str, nn.Module]:  # By name; those in `OF_TWO_CLASSES` know labels 0 and 1 alone
     "Small models of many kinds that hide nothing, trained within seconds."
     pair, double = y < 2, (x.double(), y)
-    with seeded(0):
+    with seeded(0, torch.get_default_device()):
         linear = train_briefly(Linear(), x, y)
         return dict(
             linear=linear,

@@ -563,7 +563,7 @@ def surrogate(
     logits, x = case.ask(x).float(), x.float()
     aim = logits - logits.mean(1, keepdim=True)
     aim = aim / aim.std().clamp_min(1e-12)
-    with seeded(derive_seed('surrogate', case.seed)), torch.enable_grad():
+    with seeded(derive_seed('surrogate', case.seed), case.device), torch.enable_grad():
         layers = nn.Linear(x[0].numel(), hidden), nn.ReLU(), nn.Linear(hidden, aim.shape[1])
         net = nn.Sequential(nn.Flatten(), *layers).to(x)
         optimiser = torch.optim.Adam(net.parameters(), 3e-3)

@@ -769,7 +769,7 @@ def _trial(clf, splits, sources, with_detectors, **own):
     "A model with what the checks compare it with"
     n, detectors = BUDGETS[own['size']].learnt, None
     if with_detectors:
-        with seeded(derive_seed('detectors', own['seed'])):
+        with seeded(derive_seed('detectors', own['seed']), device_of(clf, splits.train.x)):
             parts = (Images(*[v[:n] for v in part]) for part in (splits.train, splits.valid))
             detectors = fit_detectors(clf, *parts)
     given = dict(detectors=detectors, sources=sources)

@@ -192,7 +192,7 @@ class CNN(Classifier):
     ):
         _check_sizes(n_classes, dropout, hidden=hidden)
         super().__init__('CNN', n_classes, hidden=hidden, dropout=dropout)
-        with seeded(seed):
+        with seeded(seed, torch.get_default_device()):
             self.trunk = Encoder(hidden, dropout)
             self.head = Head([hidden], n_classes, hidden, dropout)
         self.to(memory_format=torch.channels_last)  # fastest for convolutions on a CPU
@@ -227,7 +227,7 @@ class FactorNetworks(Classifier):
         self.latent = latent
         self.n_samples = n_samples
         self.register_buffer('labels', torch.eye(n_classes), persistent=False)
-        with seeded(seed):
+        with seeded(seed, torch.get_default_device()):
             self._build(dict(y=n_classes, z=latent), hidden, dropout)
         self.to(memory_format=torch.channels_last)  # fastest for convolutions on a CPU
 

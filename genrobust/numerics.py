@@ -52,6 +52,7 @@ def _generators(device):
     "Torch's default random number generators that work on a device may use"
     yield torch.default_generator
     if device.type == 'cuda':
+        torch.cuda.init()  # or it has no generators yet
         index = torch.cuda.current_device() if device.index is None else device.index
         yield torch.cuda.default_generators[index]
     if device.type == 'mps':

@@ -301,7 +301,7 @@ class _Run:
         "Train for an epoch and evaluate the averaged weights; an error if a number is not finite"
         epoch, settings = len(self.history), self.settings
         movers = self.optimiser, self.average
-        with seeded(settings['seed'] * 100_000 + epoch):
+        with seeded(settings['seed'] * 100_000 + epoch, train.y.device):
             order = torch.randperm(len(train.y)).to(train.y.device)
             batches = order.split(settings['batch_size'])
             times = [epoch + n / len(batches) for n in range(len(batches))]

@@ -5,9 +5,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from small import classifier, ready, some
+from small import Plain, Prototypes, classifier, ready, some
 
-from genrobust import bench, cli
+from genrobust import bench, cli, numerics
+from genrobust.adaptive import evasion_rate
+from genrobust.attacks import fgsm
 from genrobust.bench import (
     compare_paths,
     machine,
@@ -16,11 +18,15 @@ from genrobust.bench import (
     run_benchmark,
     time_calls,
 )
-from genrobust.data import load
+from genrobust.data import Splits, load
+from genrobust.detection import detect, fit_detectors
+from genrobust.diagnosis import AttackCase, surrogate
 from genrobust.evaluation import evaluate
+from genrobust.evidence import _trial
 from genrobust.models import FACTORISATIONS, Decoder, load_pretrained, predict, save_model
 from genrobust.numerics import batch_for, no_tf32, seeded
-from genrobust.study import Preset, run
+from genrobust.smoothing import _counted
+from genrobust.study import Preset, Stage, run
 from genrobust.training import fit
 
 NAMES = [*FACTORISATIONS, 'CNN']
@@ -109,6 +115,70 @@ def test_seeded_is_for_the_gpu_too():
             drawn.append(torch.rand(3, device='cuda'))
     assert drawn[0].equal(drawn[1])
     assert all(map(torch.equal, before, (torch.get_rng_state(), torch.cuda.get_rng_state())))
+
+
+def test_seeded_before_cuda_has_begun(monkeypatch):
+    "Its generators are made by the first call that needs CUDA"
+    ready_made = torch.cuda.default_generators
+    monkeypatch.setattr(torch.cuda, 'default_generators', ())
+    begin = lambda: monkeypatch.setattr(torch.cuda, 'default_generators', ready_made)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, '_lazy_init', begin)
+    with seeded(3, 'cuda:0'):
+        torch.rand(3, device='cuda:0')
+
+
+def fitted(home):
+    model = ready(Prototypes())
+    return model, fit_detectors(model, some(120, home), some(80, home, 120)), some(4, home)
+
+
+def evasion(home):
+    model, detectors, images = fitted(home)
+    evasion_rate(fgsm(model, *images), detectors['logit'], draws=2)
+
+
+def detection(home):
+    model, _, images = fitted(home)
+    splits = Splits(some(120, home), some(80, home, 120), images)
+    detect(model, {}, splits, n_train=120, n_valid=80, n_clean=4)
+
+
+def certificates(home):
+    numbers = torch.arange(2)
+    about = dict(seed=0, sigma=0.25, n0=3, n=5)
+    _counted(ready(classifier('GFZ')), *some(2, 'cpu'), numbers, about)
+
+
+def learnt_surrogate(home):
+    model, (x, _y) = ready(Plain()), some(4, home)
+    result = fgsm(model, x)
+    surrogate(AttackCase(model, result, 2, 1.0, size='quick'), hidden=5, steps=2)
+
+
+def trial_with_detectors(home):
+    splits = Splits(some(120, home), some(80, home, 120), some(4, home))
+    _trial(ready(Prototypes()), splits, {}, True, p=2, eps=1.0, seed=0, size='quick')
+
+
+def stage(home):
+    Stage('GFZ', 'test', 0, 3).measure(ready(classifier('GFZ')), Splits(*[some(3, home)] * 3))
+
+
+def training(home):
+    fit(classifier('CNN'), some(40, home), some(40, home), 1, device='cuda:0', progress=False)
+
+
+SEEDED = evasion, detection, certificates, learnt_surrogate, trial_with_detectors, stage, training
+
+
+@pytest.mark.parametrize('work', SEEDED, ids=lambda work: work.__name__)
+def test_the_card_of_the_work_is_seeded(work, home):
+    "Not the current one, where a machine has several"
+    seen, generators = set(), numerics._generators
+    with patch.object(numerics, '_generators', lambda d: seen.add(d) or generators(d)):
+        with patch.object(numerics, '_device_in_use', lambda: pytest.fail('no device is named')):
+            work(home)
+    assert torch.device('cuda:0') in seen
 
 
 def test_work_on_the_cpu_starts_no_context(tmp_path):
