@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['no_tf32', 'seeded', 'check_seed', 'derive_seed', 'in_parts', 'device_of', 'batch_for', 'has_latents', 'fix_latents',
-           'widest']
+           'widest', 'trusted', 'is_trusted']
 
 # %% ../nbs/29_numerics.ipynb #29-005
 import hashlib
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from itertools import chain
 from numbers import Integral
@@ -161,3 +162,24 @@ def widest(
 ) -> torch.dtype:
     "float64; float32 for a tensor on a device that has no float64."
     return torch.float32 if x.device.type in _WITHOUT_FLOAT64 else torch.float64
+
+# %% ../nbs/29_numerics.ipynb #29-061
+_TRUSTED = ContextVar('trusted', default=False)
+
+
+@contextmanager
+def trusted(
+    is_so: bool = True,  # False: within another `trusted`, looked at after all
+):
+    """Values of images, labels and logits are not looked at, for which the processor would wait for
+    a GPU: the first step of a loop has seen that they are what they should be."""
+    before = _TRUSTED.set(is_so)
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(before)
+
+
+def is_trusted() -> bool:
+    "Whether this is within `trusted`."
+    return _TRUSTED.get()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .data import Images, check_images
 from .files import beside, load_tensors, save_tensors, writable, write_whole
 from .models import Classifier, accuracy, pick_device
-from .numerics import check_seed, no_tf32, seeded
+from .numerics import check_seed, no_tf32, seeded, trusted
 
 # %% ../nbs/02_training.ipynb #02-009
 class WeightAverage(AveragedModel):
@@ -119,28 +119,18 @@ def train_epoch(
     total, cast = 0.0, partial(torch.autocast, data.y.device.type, torch.bfloat16)
     mixed = cast if amp else nullcontext
     step = (_GraphedStep if graphs and data.y.is_cuda else _Step)(model, optimiser, mixed)
-    with _labels_checked(model, data.y):
-        for index, kl in zip(batches, kl_weights):
+    if isinstance(model, Classifier):
+        model.labels_of(data.y, len(data.y))  # all, once
+    with trusted():
+        for n, (index, kl) in enumerate(zip(batches, kl_weights)):
             y = data.y[index]
-            with mixed():
+            with mixed(), trusted(n > 0):
                 x = _perturb(adversary, model, data.x[index], y)
             total += step(x, y, kl) * len(y)
             average.update_parameters(model)
     return (total / len(data.y)).item()
 
 # %% ../nbs/02_training.ipynb #02-077
-@contextmanager
-def _labels_checked(model, y):
-    "Look at all labels once, and not at each step"
-    if isinstance(model, Classifier):
-        model.labels_of(y, len(y))
-    model.checks_labels = False
-    try:
-        yield
-    finally:
-        del model.checks_labels
-
-
 def _perturb(adversary, model, x, y):
     "The images to learn from: those of the adversary, if there is one"
     return adversary(model.eval(), x, y) if adversary else x
