@@ -116,8 +116,7 @@ def train_epoch(
     graphs: bool = False,  # On a GPU: replay the kernels of a step as a CUDA graph
 ) -> float:  # Mean loss, nats
     "One pass over the training images."
-    total, cast = 0.0, partial(torch.autocast, data.y.device.type, torch.bfloat16)
-    mixed = cast if amp else nullcontext
+    total, mixed = 0.0, _mixed_precision(data.y.device) if amp else nullcontext
     step = (_GraphedStep if graphs and data.y.is_cuda else _Step)(model, optimiser, mixed)
     if isinstance(model, Classifier):
         model.labels_of(data.y, len(data.y))  # all, once
@@ -131,6 +130,14 @@ def train_epoch(
     return (total / len(data.y)).item()
 
 # %% ../nbs/02_training.ipynb #02-077
+def _mixed_precision(device):
+    "The context that computes so; a `ValueError` where PyTorch has none, as 2.4 has not on MPS"
+    if not torch.amp.is_autocast_available(device.type):
+        text = f'PyTorch {torch.__version__} has no mixed precision on {device.type}'
+        raise ValueError(f'{text}: train with amp=False, or with a newer PyTorch')
+    return partial(torch.autocast, device.type, torch.bfloat16)
+
+
 def _perturb(adversary, model, x, y):
     "The images to learn from: those of the adversary, if there is one"
     return adversary(model.eval(), x, y) if adversary else x

@@ -34,7 +34,7 @@ from genrobust.attacks import (
 from genrobust.data import Images
 from genrobust.models import CNN, BayesClassifier, list_models, pretrained_names
 from genrobust.numerics import is_trusted, trusted
-from genrobust.training import make_optimiser, train_epoch
+from genrobust.training import fit, make_optimiser, train_epoch
 
 within_a_ball = pytest.mark.parametrize('attack', IN_A_BOX, ids=lambda f: f.__name__)
 
@@ -556,3 +556,13 @@ def test_adversarial_training_looks_at_its_first_batch():
             with expected:
                 train_epoch(*given, **how)
     assert not is_trusted()
+
+
+def test_mixed_precision_where_pytorch_has_none(monkeypatch):
+    "On MPS with PyTorch 2.4"
+    monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda kind: False)
+    images = Images(torch.rand(6, 1, 28, 28), torch.arange(6))
+    how = dict(device='cpu', progress=False)
+    with pytest.raises(ValueError, match='no mixed precision on cpu: train with amp=False'):
+        fit(CNN(hidden=5), images, images, 1, amp=True, **how)
+    fit(CNN(hidden=5), images, images, 1, **how)
