@@ -7,7 +7,7 @@ import pytest
 import torch
 from small import Plain, Prototypes, classifier, ready, some
 
-from genrobust import bench, cli, numerics
+from genrobust import bench, cli, numerics, study
 from genrobust.adaptive import evasion_rate
 from genrobust.attacks import fgsm
 from genrobust.bench import (
@@ -26,7 +26,7 @@ from genrobust.evidence import _trial
 from genrobust.models import FACTORISATIONS, Decoder, load_pretrained, predict, save_model
 from genrobust.numerics import batch_for, no_tf32, seeded
 from genrobust.smoothing import _counted
-from genrobust.study import Preset, Stage, run
+from genrobust.study import PRESETS, Preset, Stage, run
 from genrobust.training import fit
 
 NAMES = [*FACTORISATIONS, 'CNN']
@@ -219,6 +219,15 @@ def test_the_study(tmp_path, gpu):
     assert not gpu.rounded, gpu.rounded
 
 
+def test_the_quick_preset(tmp_path, gpu, monkeypatch):
+    "As it is on the CNN; with fewer images on a Bayes classifier"
+    run('quick', tmp_path / 'cnn', ['cnn'], ['FGS', 'DeepFool'], say=lambda text: None)
+    monkeypatch.setattr(study, 'N_DIGITS', 3)
+    few = PRESETS['quick']._replace(train=60, valid=20, test=5, attacked=1, seeds=1, draws=2)
+    run(few, tmp_path / 'gfz', ['gfz'], ['FGS', 'DeepFool'], say=lambda text: None)
+    assert not gpu.rounded, gpu.rounded
+
+
 def test_benchmarks(gpu):
     assert gpu.is_real or machine()['device'] == 'a pretended GPU'
     time_calls(torch.add, lambda: (torch.ones(2, device='cuda'),) * 2, 2, 'cuda')
@@ -245,3 +254,33 @@ def test_the_command_line(tmp_path, capsys):
     command('attack', 'deepfool', '--model', 'gfz', *own, *second, '--draws', 2)
     command('attack', 'pgd', '--model', model, *own, *second, '--device', 'cpu')
     assert 'Traceback' not in capsys.readouterr().err
+
+
+def test_the_command_detect(tmp_path, capsys):
+    own, model = ('--data', 'synthetic', '--no-progress'), tmp_path / 'm.safetensors'
+    result = tmp_path / 'r.safetensors'
+    command('train', 'cnn', *own, '--images', 1000, '--epochs', 4, '--out', model)
+    command('attack', 'fgsm', '--model', model, *own, '--images', 40, '--out', result, '--eps', 0.3)
+    sizes = '--n-train', 500, '--n-valid', 40, '--n-clean', 40
+    command('detect', '--model', model, *own, '--result', result, *sizes)
+    assert 'evasion rate' in capsys.readouterr().out and (tmp_path / 'r.roc.csv').exists()
+
+
+def test_the_command_evaluate(tmp_path, capsys):
+    how = '--data', 'synthetic', '--images', 3, '--size', 'quick', '--p', 2, '--eps', 1
+    command('evaluate', 'cnn', *how, '--folder', tmp_path / 'e')
+    assert 'robust accuracy' in capsys.readouterr().out and list((tmp_path / 'e').iterdir())
+
+
+def test_the_command_reproduce(tmp_path, capsys):
+    few = dict(train=150, valid=20, test=5, attacked=2, seeds=1, draws=2)
+    sizes = [word for name, n in few.items() for word in (f'--{name}', n)]
+    names = '--models', 'cnn', '--attacks', 'FGS', 'DeepFool'
+    command('reproduce', *sizes, *names, '--out', tmp_path, '--no-progress')
+    assert (tmp_path / 'tables.md').exists(), capsys.readouterr()
+
+
+def test_the_command_bench(tmp_path):
+    given = '--benchmarks', 'fgsm-cnn,deepfool-gfz', '--rounds', 1, '--images', 2
+    command('bench', *given, '--out', tmp_path)
+    assert len(list(tmp_path.glob('benchmark-*.csv'))) == 2
