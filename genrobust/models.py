@@ -339,7 +339,7 @@ class BayesClassifier(FactorNetworks):
     It is estimated by importance weighting with `n_samples` latents for each class.
     """
 
-    max_latents = 6400  # at once, by `in_parts`: about half a gigabyte with what gradients need
+    max_latents = 6400  # at once, by `in_parts`: half a gigabyte, 87 kB each, for gradients
 
     @property
     def images_at_once(self) -> int:
