@@ -23,7 +23,7 @@ from genrobust.models import (
     logits_by_draw,
     predict,
 )
-from .numerics import derive_seed, fix_latents, seeded
+from .numerics import derive_seed, device_of, fix_latents, seeded
 
 # %% ../nbs/11_adaptive.ipynb #11-005z
 __getattr__ = renamed(
@@ -224,7 +224,8 @@ def evasion_rate(
         f'found {type(result).__name__} and {type(detector).__name__}',
     )
     check_counts(draws=draws)
-    with seeded(derive_seed('evasion_rate', int(seed))):
+    device = device_of(detector.model, result.x_adv)
+    with seeded(derive_seed('evasion_rate', int(seed)), device):
         answers = torch.stack([detector(result.x_adv) for _ in range(draws)])
     has_evaded = (answers != result.y) & (answers != REJECTED)
     return torch.where(result.attacked, has_evaded.float().mean(0), torch.nan)

@@ -111,7 +111,7 @@ def noisy(
     sigma: float = 0.25,  # Standard deviation
 ) -> Tensor:  # Images to train on, `[B,1,28,28]`, also outside [0, 1]
     "Images with Gaussian noise (Cohen et al., 2019)"
-    return x + sigma * torch.randn(x.shape).to(x)
+    return x + sigma * torch.randn(x.shape, dtype=x.dtype, device=x.device)
 
 # %% ../nbs/27_cli.ipynb #27-011r
 RECIPES = {

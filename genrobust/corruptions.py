@@ -217,7 +217,7 @@ def corrupt(
     strength = _strength(name, severity)
     check_images(x, torch.zeros(len(x), dtype=torch.int64), source='x')
     apply, seed, images = CORRUPTIONS[name].apply, check_seed(seed), []
-    for image, number in zip(x[:, 0].double().cpu().numpy(), _positions(numbers, len(x))):
+    for image, number in zip(x[:, 0].cpu().double().numpy(), _positions(numbers, len(x))):
         rng = np.random.default_rng(derive_seed('corruption', name, seed, number))
         images.append(np.clip(apply(image, strength, rng), 0, 1))
     return torch.from_numpy(np.stack(images)).float()[:, None].to(x.device)
@@ -225,7 +225,7 @@ def corrupt(
 # %% ../nbs/40_corruptions.ipynb #40-030
 def _answers(model, x, batch_size):
     "Predictions `[N]`, and log p(x) `[N]` nats where the model has a density, else nan"
-    logits = predict(model, x, batch_size).double().cpu()
+    logits = predict(model, x, batch_size).cpu().double()
     require(logits.shape[1] <= 10, f'expected at most 10 classes, found {logits.shape[1]}')
     has_density = getattr(getattr(model, 'clf', model), 'has_density', False)
     log_px = logits.logsumexp(1) + LOG_NORMALISER if has_density else logits[:, 0] * torch.nan

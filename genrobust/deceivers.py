@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .attacks.result import margin
 from .models import CNN
-from .numerics import seeded
+from .numerics import seeded, widest
 
 # %% ../nbs/35_deceivers.ipynb #35-010
 class Linear(nn.Module):
@@ -43,8 +43,7 @@ class Linear(nn.Module):
         bounds: tuple = (0, 1),  # Of pixels
     ) -> Tensor:  # Bool `[N]`
         "Whether no point of the ball within bounds is misclassified, exactly."
-        flat, logits = x.flatten(1).double(), self(x).double()
-        w = self.layer.weight.double()
+        flat, logits, w = (v.to(widest(x)) for v in (x.flatten(1), self(x), self.layer.weight))
         down, up = ((bound - flat).clamp(-eps, eps) for bound in bounds)
         left = torch.full_like(flat[:, 0], torch.inf)
         for c in range(len(w)):
@@ -312,7 +311,7 @@ def deceivers(
     y: Tensor,  # Labels `[N]`, 0 to 9
 ) -> dict[str, nn.Module]:  # By the names of `EXPECTED`
     "Models that look robust, all but one of them around the same linear classifier."
-    with seeded(0):
+    with seeded(0, torch.get_default_device()):
         linear, k_winners = Linear(), KWinners()
     linear = train_briefly(linear, x, y)
     wrappers = [Softmax, Detached, Rounded, NanGradient, Noisy, Saturated, FlatTanh, Vote]
@@ -328,7 +327,7 @@ def honest_models(
 ) -> dict[str, nn.Module]:  # By name; those in `OF_TWO_CLASSES` know labels 0 and 1 alone
     "Small models of many kinds that hide nothing, trained within seconds."
     pair, double = y < 2, (x.double(), y)
-    with seeded(0):
+    with seeded(0, torch.get_default_device()):
         linear = train_briefly(Linear(), x, y)
         return dict(
             linear=linear,

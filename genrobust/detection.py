@@ -27,7 +27,7 @@ from .compat import renamed
 from .data import Images, Splits
 from .files import digest, load_tensors, save_tensors
 from .models import LOG_NORMALISER, NoDensityError, predict
-from .numerics import check_seed, seeded
+from .numerics import check_seed, device_of, seeded
 from .statistics import wilson
 
 # %% ../nbs/10_detection.ipynb #10-005z
@@ -535,7 +535,7 @@ def detect(
     check_detect(fpr, n_train, n_valid, n_clean, seed)
     sizes = zip(splits, (n_train, n_valid, n_clean))
     train, valid, clean = (Images(*[v[:n] for v in part]) for part, n in sizes)
-    with seeded(seed):
+    with seeded(seed, device_of(model, clean.x)):
         found = fit_detectors(model, train, valid, fpr)
         frames = [
             score_images(found, *clean).assign(attack='clean', success=False, initially_wrong=False)

@@ -61,7 +61,7 @@ from genrobust.attacks.result import (
 )
 from .attacks.score_based import square
 from .attacks.sphere import ddn, fmn
-from .numerics import derive_seed, has_latents, in_parts, no_tf32, seeded
+from .numerics import derive_seed, has_latents, in_parts, no_tf32, seeded, widest
 from .statistics import wilson
 
 # %% ../nbs/34_diagnosis.ipynb #34-010
@@ -225,7 +225,7 @@ def zero_gradient(case: ModelCase) -> float:
     "Share of images at which the gradient of the margin is 0 in all pixels"
     if case.gradient is None:
         return math.nan
-    return (case.gradient == 0).flatten(1).all(1).double().mean().item()
+    return (case.gradient == 0).flatten(1).all(1).cpu().double().mean().item()
 
 
 @check(0, 'find the layer without a derivative there (sqrt or log at 0); use square, spsa')
@@ -233,7 +233,7 @@ def undefined_gradient(case: ModelCase) -> float:
     "Share of images at which the gradient of the margin has a pixel that is NaN or infinite"
     if case.gradient is None:
         return math.nan
-    return (~case.gradient.isfinite()).flatten(1).any(1).double().mean().item()
+    return (~case.gradient.isfinite()).flatten(1).any(1).cpu().double().mean().item()
 
 # %% ../nbs/34_diagnosis.ipynb #34-026
 def _slopes(case, h, where=1, n=4):
@@ -249,7 +249,7 @@ def _slopes(case, h, where=1, n=4):
         rise = margin(above, labels) - margin(below, labels)
         noise = rounding_tolerance(above) + rounding_tolerance(below)
         found.append(torch.stack([(g * v).flatten(1).sum(1), rise / (2 * h), noise / (2 * h)]))
-    return torch.stack(found, 2).double()
+    return torch.stack(found, 2).cpu().double()
 
 
 @check(0.5, 'gradients are masked: attack a smooth form of the model, or use square, spsa')
@@ -292,7 +292,7 @@ def saturation(case: ModelCase) -> float:
     with torch.enable_grad():
         loss = F.cross_entropy(logits, case.logits.argmax(1), reduction='sum')
     (found,) = torch.autograd.grad(loss, logits)
-    return (found == 0).all(1).double().mean().item()
+    return (found == 0).all(1).cpu().double().mean().item()
 
 # %% ../nbs/34_diagnosis.ipynb #34-023
 @check(0, 'find the operation that overflows or divides by 0: an answer without a number is none')
@@ -308,9 +308,10 @@ def probabilities(case: ModelCase) -> float:
     answer = torch.cat([case.view(part.clone()) for part in in_parts(case.view, case.x)])
     if answer.ndim == 1 or answer.shape[1] == 1:  # one logit: that of class 1 above 0
         is_one = (answer.min() >= 0) & (answer.max() <= 1) & (case.labels == 0).any()
-        return is_one.double().item()
+        return is_one.float().item()
     slack = torch.finfo(answer.dtype).eps ** 0.5
-    return ((answer >= 0).all(1) & ((answer.sum(1) - 1).abs() < slack)).double().mean().item()
+    is_one = (answer >= 0).all(1) & ((answer.sum(1) - 1).abs() < slack)
+    return is_one.cpu().double().mean().item()
 
 # %% ../nbs/34_diagnosis.ipynb #34-020
 @check(0, 'call model.eval()')
@@ -521,7 +522,7 @@ class AttackCase(ModelCase):
         with no_tf32(), seeded(derive_seed('majority', self.seed), self.device):
             answers = [ask_in_parts(self.model, x, 64) for _ in range(self.draws)]
         wrong = torch.stack([logits.argmax(1) != y for logits in answers])
-        return wrong.double().mean(0) > 0.5
+        return wrong.float().mean(0) > 0.5
 
     def attack(self, attack: Callable, i: Tensor, model: Callable | None = None, **own) -> Tensor:
         "Bool `[b]`: whether an attack on images `i`, of this model or of another, fools this one."
@@ -606,7 +607,7 @@ def surrogate(
     logits, x = logits[is_finite], x[is_finite].float()
     aim = logits - logits.mean(1, keepdim=True)
     aim = aim / aim.std().clamp_min(1e-12)
-    with seeded(derive_seed('surrogate', case.seed)), torch.enable_grad():
+    with seeded(derive_seed('surrogate', case.seed), case.device), torch.enable_grad():
         layers = nn.Linear(x[0].numel(), hidden), nn.ReLU(), nn.Linear(hidden, aim.shape[1])
         net = nn.Sequential(nn.Flatten(), *layers).to(x)
         optimiser = torch.optim.Adam(net.parameters(), 3e-3)
@@ -694,7 +695,7 @@ def binary_problem(
     inside = _in_ball(x, 0.95 * case.eps, case.p, generator)
     surface = _on_sphere(x, case.eps, case.p, generator)
     both = torch.cat([case.x[n, None], inside, surface]).clamp(case.low, case.high)
-    f = case.ask(both).double()
+    f = case.ask(both).cpu().double()  # which not all devices have
     if not f.isfinite().all():
         return None
     inside, surface = f[: len(x) + 1], f[len(x) + 1 :]
@@ -706,7 +707,8 @@ def binary_problem(
     best = (gap / (w * (spread @ w)).sum(0).clamp_min(1e-30).sqrt()).nan_to_num(-1).argmax()
     if not gap[best] > 0:
         return None
-    readout = Readout(case.view, mean, w[:, best], most[best] + 0.999 * gap[best])
+    found = mean, w[:, best], most[best] + 0.999 * gap[best]
+    readout = Readout(case.view, *[v.to(both.device, widest(both)) for v in found])
     return readout if readout(both).isfinite().all() else None
 
 # %% ../nbs/34_diagnosis.ipynb #34-052s1

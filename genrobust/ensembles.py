@@ -25,6 +25,7 @@ from .attacks.projection import fab
 from .attacks.result import AttackResult, norm, require
 from .attacks.score_based import square
 from .attacks.sphere import ddn, fmn
+from .numerics import widest
 
 # %% ../nbs/17_worst_case.ipynb #17-020
 SIZES = 'quick', 'standard', 'thorough'
@@ -94,8 +95,8 @@ def _size(result, p):
     "Norms of perturbations, and what rounding may add to that of a point within a ball `[N]`"
     wide = torch.promote_types(result.x.dtype, torch.float32)
     delta = result.x_adv.to(wide) - result.x.to(wide)
-    size = norm(delta, p).double()
-    largest = result.x_adv.abs().amax().double() * max(1, delta[0].numel() ** (1 / p - 1 / 2))
+    size = norm(delta, p).to(widest(delta))
+    largest = result.x_adv.abs().amax().to(size) * max(1, delta[0].numel() ** (1 / p - 1 / 2))
     units = 1 if p == math.inf else 4
     return size, units * torch.finfo(result.x.dtype).eps * (size + largest)
 
@@ -196,13 +197,13 @@ def _own(attack, **defaults):
 
 # %% ../nbs/17_worst_case.ipynb #17-021s3
 def _radii(eps, x):
-    "Radius of each image, float64 `[N]`; a `ValueError` for what is none"
+    "Radius of each image, of the `widest` type `[N]`; a `ValueError` for what is none"
     check_inputs(x)
     radii = math.inf if eps is None else as_eps(eps, x)
     if not isinstance(radii, Tensor):
         if eps is not None:
             check_range(0, math.inf, eps=radii)
-        return torch.full((len(x),), radii, dtype=torch.float64, device=x.device)
+        return torch.full((len(x),), radii, dtype=widest(x), device=x.device)
     text = f'eps must be a number or [{len(x)}], one for each image, found {list(radii.shape)}'
     require(radii.numel() == len(x), text)
     return radii.flatten()

@@ -74,7 +74,7 @@ from .ensembles import ensemble as ensemble
 from .ensembles import parameters_of
 from .ensembles import worst_case as worst_case
 from .files import claimed, digest, load_tensors, save_tensors, writable, write_whole
-from .numerics import check_seed, derive_seed, fix_latents, no_tf32, seeded
+from .numerics import check_seed, derive_seed, fix_latents, no_tf32, seeded, widest
 from .statistics import clustered, wilson
 
 # %% ../nbs/19_evaluate.ipynb #19-005d
@@ -116,7 +116,7 @@ class Rate(NamedTuple):
         "Wilson's interval, or that of clusters."
         import pandas as pd
 
-        hits = pd.Series(kept.double().cpu().numpy())
+        hits = pd.Series(kept.cpu().double().numpy())
         if cluster is None:
             low, high = wilson(hits.sum(), len(hits))
         else:
@@ -135,7 +135,7 @@ class _Nearest:
         self.lost = torch.zeros_like(subject.y, dtype=torch.bool)  # The gradient, in an attack
         self.names = list(dict.fromkeys(job.name for job in jobs))
         x, y, wrong = subject.x, subject.y, predictions != subject.y
-        self.distance = torch.full(y.shape, torch.inf, dtype=torch.float64, device=x.device)
+        self.distance = torch.full(y.shape, torch.inf, dtype=widest(x), device=x.device)
         self.distance[wrong] = 0.0
         self.result = AttackResult(
             x=x,
@@ -184,7 +184,7 @@ class _Nearest:
         "Keep what is nearer, of what an attack found on images `i`."
         result, x = self.result, self.subject.x[i]
         wide = torch.promote_types(x.dtype, torch.float32)
-        size = norm(found['x_adv'].to(wide) - x.to(wide), self.subject.p).double()
+        size = norm(found['x_adv'].to(wide) - x.to(wide), self.subject.p).to(self.distance)
         size = size if job.eps is None else size.clamp_max(job.eps)  # it is, but for rounding
         better = found['success'] & (size < self.distance[i])
         k = i[better]
@@ -451,10 +451,11 @@ def _adapt(
     Of an answer with a part `logits`, that part is taken. A `ValueError` if there are no logits."""
     check_model(model, allow_training=True)
     model = deepcopy(model) if is_training(model) else model  # batch norm would change it
-    x, errors = x.to(device_of(model, x)), []
+    device, errors = device_of(model, x), []
     for dtype in _dtypes(model, x):
         try:
-            return _as_module(model, x.to(dtype), logits_of), x.to(dtype)
+            moved = x.to(device, dtype)  # at once: MPS has no float64
+            return _as_module(model, moved, logits_of), moved
         except (RuntimeError, IndexError, AssertionError, TypeError, ValueError) as e:
             if is_out_of_memory(e):
                 raise
@@ -1174,7 +1175,7 @@ def _run(subject, parts, predictions, wait, checks):
             found |= _judge(parts, ATTACK_CHECKS, case, seconds, wait)
             if len(found) < len(MODEL_CHECKS + ATTACK_CHECKS):
                 return None
-    clean = (predictions == s.y).double()
+    clean = (predictions == s.y).cpu().double()
     if averages:
         clean = 1 - torch.cat([share for _, share in sorted(averages.clean.items())])
     return dict(

@@ -59,7 +59,7 @@ from genrobust.diagnosis import (
 from .ensembles import ensemble, worst_case
 from .files import digest, writable, write_whole
 from .models import FixedNoise, load_models, load_pretrained
-from .numerics import derive_seed, fix_latents, no_tf32, seeded
+from .numerics import derive_seed, fix_latents, no_tf32, seeded, widest
 from .statistics import wilson
 
 # %% ../nbs/41_checks.ipynb #41-012
@@ -238,7 +238,7 @@ def _judge(name, found, limit, passes, fails):
     values, n, rates = found
     low = high = math.nan
     if isinstance(values, Tensor):
-        values = values.double().cpu()
+        values = values.cpu().double()
         n, (low, high), values = len(values), _interval(values), values.mean().item()
     limit = max(limit, 1 / n + 1e-9) if n else limit
     is_small = math.isnan(values) or n < 5
@@ -289,7 +289,7 @@ def clean_draws(t: Trial) -> Found:
     n = t.budget.scored
     with no_tf32():
         answers = [ask_in_parts(t.model, t.x, 128).argmax(1) for _ in range(n)]
-    right = torch.stack([answer == t.y for answer in answers]).double()
+    right = torch.stack([answer == t.y for answer in answers]).cpu().double()
     k, each = right.sum(0), right.mean(1)
     rates = dict(mean=each.mean(), lowest=each.min(), highest=each.max(), deviation=each.std())
     rates = {f'clean accuracy, {name}': value.item() for name, value in rates.items()}
@@ -315,7 +315,7 @@ def headline(t: Trial) -> Found:
 def _success_by_draws(t, of, attacked):
     "Success on resampled draws by what the attack averages over, on images that all attacked"
     found = {n: attacked(n) for n in of}
-    shares = {n: t.scored(result).double() for n, result in found.items()}
+    shares = {n: t.scored(result).cpu().double() for n, result in found.items()}
     both = torch.stack(list(shares.values())).isfinite().all(0)
     shares = {n: share[both] for n, share in shares.items()}
     last, before = list(shares)[-1], list(shares)[-2]
@@ -365,8 +365,8 @@ def resampled_latents(t: Trial) -> Found | str:
         return 'the model is deterministic: there are no other latents'
     result = apgd(t.model, t.x, t.y, steps=t.budget.steps, loss='margin', **t.ball)
     scores, i = rescore(result, t.model, t.budget.scored, t.seed), result.attacked
-    fixed, share = result.success[i].double(), scores.share[i].double()
-    counts = [fixed, share, scores.majority[i].double(), scores.worst[i].double()]
+    flags = result.success, scores.share, scores.majority, scores.worst
+    fixed, share, *_ = counts = [flag[i].cpu().double() for flag in flags]
     names = 'fixed latents', 'one-shot', 'majority vote', 'resubmission'
     rates = {name: count.mean().item() for name, count in zip(names, counts)}
     return Found(fixed - share, rates=rates)
@@ -391,10 +391,11 @@ def ablation(t: Trial) -> Found:
 def single_step(t: Trial) -> Found:
     "Success of one step (FGSM) less that of many (PGD)"
     one, many = (
-        t.case.attack(attack, t.all) for attack in (fgsm, partial(pgd, steps=t.budget.steps))
+        t.case.attack(attack, t.all).cpu().double()
+        for attack in (fgsm, partial(pgd, steps=t.budget.steps))
     )
-    rates = dict(FGSM=one.double().mean().item(), PGD=many.double().mean().item())
-    return Found(one.double() - many.double(), rates=rates)
+    rates = dict(FGSM=one.mean().item(), PGD=many.mean().item())
+    return Found(one - many, rates=rates)
 
 
 @row(
@@ -547,7 +548,7 @@ def nearest_of_others(
     k: int = 1,  # How many for each, the nearest first
 ) -> Tensor:  # Which ones, `[N,k]`
     "For each image the nearest, by l2 distance, among those of other labels."
-    flat = x.flatten(1).double()
+    flat = x.flatten(1).to(widest(x))
     others = (y[:, None] != y).sum(1).min().item()
     text = f'every image needs {k} of other labels to go for, found {others}'
     require(others >= k, text)
@@ -677,7 +678,7 @@ def _evasions(t, detector):
         evasion_rate(result, detector, t.budget.scored, t.seed) for result in (unaware, aware)
     ]
     both = shares[0].isfinite() & shares[1].isfinite()
-    return [share[both].double() for share in shares]
+    return [share[both].cpu().double() for share in shares]
 
 
 @row(
@@ -768,7 +769,7 @@ def _trial(clf, splits, sources, with_detectors, **own):
     "A model with what the checks compare it with"
     n, detectors = BUDGETS[own['size']].learnt, None
     if with_detectors:
-        with seeded(derive_seed('detectors', own['seed'])):
+        with seeded(derive_seed('detectors', own['seed']), device_of(clf, splits.train.x)):
             parts = (Images(*[v[:n] for v in part]) for part in (splits.train, splits.valid))
             detectors = fit_detectors(clf, *parts)
     given = dict(detectors=detectors, sources=sources)

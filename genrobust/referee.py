@@ -30,7 +30,7 @@ from .bench import PassCounter, machine
 from .data import N_VALID, load_or_synthetic
 from .files import digest, writable, write_whole
 from .models import load_models, load_pretrained, pick_device, predict
-from .numerics import derive_seed, no_tf32, seeded
+from .numerics import derive_seed, no_tf32, seeded, widest
 
 # %% ../nbs/18_referee.ipynb #18-010
 def robustness_curve(
@@ -67,7 +67,7 @@ def measured_sizes(
     y: Tensor,  # Labels `[N]`
     x_adv: Tensor,  # What an attack returned `[N,...]`
     p: float,  # Norm: 2 or inf
-) -> Tensor:  # `[N]` float64; 0 where `x` is misclassified, inf where `x_adv` is no success
+) -> Tensor:  # `[N]`; 0 where `x` is misclassified, inf where `x_adv` is no success
     """Norms of adversarial examples, whatever the attack says of them.
 
     Pixels that are no numbers, or outside [0, 1] by more than rounding, are no success."""
@@ -76,7 +76,7 @@ def measured_sizes(
     is_valid = ((flat >= -slack) & (flat <= 1 + slack)).all(1)  # not where a pixel is nan
     points = torch.where(is_valid[:, None], flat, x.flatten(1)).clamp(0, 1).view_as(x)
     success = is_valid & (predict(model, points).argmax(1) != y)
-    sizes = norm(points.double() - x.double(), p).masked_fill(~success, torch.inf)
+    sizes = norm(points.to(widest(x)) - x, p).masked_fill(~success, torch.inf)
     return sizes.masked_fill(predict(model, x).argmax(1) != y, 0)
 
 # %% ../nbs/18_referee.ipynb #18-030
@@ -100,11 +100,11 @@ def smallest_eps(
     rounds: int,  # Times that each image is attacked
 ) -> Tensor:  # `[N,...]`; `x` where no radius was enough
     "A minimum-norm attack from one within a ball: for each image, bisection over the radius."
-    best, low = x.clone(), torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    best, low = x.clone(), torch.zeros(len(x), dtype=widest(x), device=x.device)
     high, eps = torch.full_like(low, math.inf), torch.full_like(low, start)
     for _ in range(rounds):
         points, success = attack(eps)
-        size = norm(points.double() - x.double(), p)
+        size = norm(points.to(widest(x)) - x, p)
         better = success & (size < high)
         best[better], high[better] = points[better], size[better]
         low = torch.where(success, low, eps)
@@ -332,7 +332,7 @@ def run_contestant(
             found = found, counter.forwards / len(i), counter.backwards / len(i)
         table[0, i.cpu()] = measured_sizes(model, x[i], y[i], found[0], p).cpu()
         for row, spent in zip(table[1:], found[1:]):
-            row[i.cpu()] = torch.as_tensor(spent).double().cpu()
+            row[i.cpu()] = torch.as_tensor(spent).cpu().double()
     return dict(zip(('size', 'forwards', 'backwards'), table.numpy()))
 
 # %% ../nbs/18_referee.ipynb #18-054

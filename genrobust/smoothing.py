@@ -53,7 +53,7 @@ def lower_confidence_bound(
     from scipy.stats import beta
 
     _check_alpha(alpha)
-    k, n = (torch.as_tensor(value).double().cpu() for value in (k, n))
+    k, n = (torch.as_tensor(value).cpu().double() for value in (k, n))
     is_right = bool(((k >= 0) & (k <= n) & (n >= 1)).all())
     require(is_right, f'expected 0 <= k <= n and n >= 1, found k = {k} and n = {n}')
     bound = beta.ppf(alpha, k.clamp_min(1), n - k + 1)
@@ -222,7 +222,7 @@ def _measure(measure_part, models, sigmas, images, folder, where, **about):
 # %% ../nbs/39_smoothing.ipynb #39-062
 def _counted(model, x, y, numbers, about):
     "Columns: the model's own class of each image, and counts of classes of its noisy copies"
-    with seeded(derive_seed('clean', about['seed'], numbers[0].item())):
+    with seeded(derive_seed('clean', about['seed'], numbers[0].item()), device_of(model, x)):
         clean = predict(model, x).argmax(1)
     how = {name: about[name] for name in ('sigma', 'n0', 'n', 'seed')}
     counts = certify(model, x, numbers=numbers, **how).to_frame().drop(columns='sigma')
@@ -310,7 +310,7 @@ def measure_split(
             continue
         for sigma, pair in [(0.0, (0, 0)), *((sigma, pair) for sigma in sigmas for pair in pairs)]:
             encoded, taken = (x + on * sigma * noise for on in pair)
-            with seeded(derive_seed('split latents', seed, sigma)):
+            with seeded(derive_seed('split latents', seed, sigma), device_of(model, x)):
                 found = predict_split(model, taken, encoded).argmax(1)
             kinds = dict(zip(('encoder', 'densities'), (('clean', 'noisy')[on] for on in pair)))
             correct = int((found == y).sum())

@@ -47,7 +47,7 @@ from genrobust.models import (
     pick_device,
     predict,
 )
-from .numerics import seeded
+from .numerics import device_of, seeded
 from .training import fit, processes
 
 # %% ../nbs/25_study.ipynb #25-010
@@ -168,7 +168,7 @@ class Stage(NamedTuple):
             x, scored = result.x_adv, rescore(result, clf, draws, seed=self.seed, progress=progress)
             found = {k: v for k, v in result.tensors().items() if k != 'x'}
             found |= {k: getattr(scored, k) for k in _SCORED}
-        with seeded(zlib.crc32(f'{self.what} {self.first}'.encode())):
+        with seeded(zlib.crc32(f'{self.what} {self.first}'.encode()), device_of(clf, x)):
             return dict(found, logits=predict(clf, x)), seconds
 
     def result(self, tensors: dict, splits: Splits) -> AttackResult:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .data import Images, check_images
 from .files import beside, load_tensors, save_tensors, writable, write_whole
 from .models import Classifier, accuracy, pick_device
-from .numerics import check_seed, no_tf32, seeded
+from .numerics import check_seed, no_tf32, seeded, trusted
 
 # %% ../nbs/02_training.ipynb #02-009
 class WeightAverage(AveragedModel):
@@ -116,29 +116,26 @@ def train_epoch(
     graphs: bool = False,  # On a GPU: replay the kernels of a step as a CUDA graph
 ) -> float:  # Mean loss, nats
     "One pass over the training images."
-    total, cast = 0.0, partial(torch.autocast, data.y.device.type, torch.bfloat16)
-    mixed = cast if amp else nullcontext
+    total, mixed = 0.0, _mixed_precision(data.y.device) if amp else nullcontext
     step = (_GraphedStep if graphs and data.y.is_cuda else _Step)(model, optimiser, mixed)
-    with _labels_checked(model, data.y):
-        for index, kl in zip(batches, kl_weights):
+    if isinstance(model, Classifier):
+        model.labels_of(data.y, len(data.y))  # all, once
+    with trusted():
+        for n, (index, kl) in enumerate(zip(batches, kl_weights)):
             y = data.y[index]
-            with mixed():
+            with mixed(), trusted(n > 0):
                 x = _perturb(adversary, model, data.x[index], y)
             total += step(x, y, kl) * len(y)
             average.update_parameters(model)
     return (total / len(data.y)).item()
 
 # %% ../nbs/02_training.ipynb #02-077
-@contextmanager
-def _labels_checked(model, y):
-    "Look at all labels once, and not at each step"
-    if isinstance(model, Classifier):
-        model.labels_of(y, len(y))
-    model.checks_labels = False
-    try:
-        yield
-    finally:
-        del model.checks_labels
+def _mixed_precision(device):
+    "The context that computes so; a `ValueError` where PyTorch has none, as 2.4 has not on MPS"
+    if not torch.amp.is_autocast_available(device.type):
+        text = f'PyTorch {torch.__version__} has no mixed precision on {device.type}'
+        raise ValueError(f'{text}: train with amp=False, or with a newer PyTorch')
+    return partial(torch.autocast, device.type, torch.bfloat16)
 
 
 def _perturb(adversary, model, x, y):
@@ -301,7 +298,7 @@ class _Run:
         "Train for an epoch and evaluate the averaged weights; an error if a number is not finite"
         epoch, settings = len(self.history), self.settings
         movers = self.optimiser, self.average
-        with seeded(settings['seed'] * 100_000 + epoch):
+        with seeded(settings['seed'] * 100_000 + epoch, train.y.device):
             order = torch.randperm(len(train.y)).to(train.y.device)
             batches = order.split(settings['batch_size'])
             times = [epoch + n / len(batches) for n in range(len(batches))]

@@ -27,7 +27,7 @@ from .data import Images, class_names, load
 from .detection import fit_detectors
 from .files import digest, writable, write_whole
 from .models import LOG_NORMALISER, Classifier, load_pretrained, logits_by_draw, predict
-from .numerics import derive_seed, in_parts, no_tf32, seeded
+from .numerics import derive_seed, device_of, in_parts, no_tf32, seeded
 
 # %% ../nbs/36_try_it_data.ipynb #36-007b
 def read_sheet(
@@ -280,7 +280,7 @@ def _of_model(name, clf, data, settings):
     n = path[0, :, :, 0, 0, 0].numel()
     images, labels = path.flatten(0, 2), y.repeat_interleave(n)
     found, logits, by_draw = _views(clf, images, labels, settings)
-    with seeded(derive_seed(settings.seed, name)):
+    with seeded(derive_seed(settings.seed, name), device_of(clf, x)):
         learnt, chosen = (
             Images(*[v[: settings.n_detector] for v in part])
             for part in (splits.train, splits.valid)

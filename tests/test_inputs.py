@@ -31,7 +31,10 @@ from genrobust.attacks import (
     truncated_deepfool,
     zoo,
 )
-from genrobust.models import BayesClassifier, list_models, pretrained_names
+from genrobust.data import Images
+from genrobust.models import CNN, BayesClassifier, list_models, pretrained_names
+from genrobust.numerics import is_trusted, trusted
+from genrobust.training import fit, make_optimiser, train_epoch
 
 within_a_ball = pytest.mark.parametrize('attack', IN_A_BOX, ids=lambda f: f.__name__)
 
@@ -511,3 +514,55 @@ def test_attacks_and_models_are_listed():
     )
     assert 'square' in list_attacks(p=2) and 'random_noise' not in list_attacks(p=2)
     assert list(list_models()) == pretrained_names()
+
+
+NOT_A_NUMBER = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+NOT_A_NUMBER[1].bias.data.fill_(torch.nan)
+LOOKED_AT = dict(
+    images=(dict(x=torch.rand(3, 1, 8, 8) + 1), 'within bounds'),
+    infinite=(dict(x=torch.full((3, 1, 8, 8), torch.inf)), 'NaN or infinity'),
+    bounds=(dict(x=torch.rand(3, 1, 8, 8) + 1, bounds=(torch.zeros(3), 1)), 'within bounds'),
+    labels=(dict(y=torch.tensor([0, 1, 9])), r'y must lie in 0..3, found 0..9'),
+    target=(dict(y=torch.arange(3), target=torch.arange(3)), 'differ from the label'),
+    logits=(dict(model=NOT_A_NUMBER), 'NaN or infinite logits'),
+)
+
+
+@pytest.mark.parametrize('name', LOOKED_AT)
+def test_trusted_values_are_not_looked_at(name):
+    given, said = LOOKED_AT[name]
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
+    given = dict(model=net, x=torch.rand(3, 1, 8, 8)) | given
+    with pytest.raises(ValueError, match=said):
+        random_noise(**given)
+    with trusted():
+        found = random_noise(**given)
+        with trusted(False), pytest.raises(ValueError, match=said):
+            random_noise(**given)
+    assert not is_trusted() and (found.x_adv <= 1).all()
+
+
+def test_adversarial_training_looks_at_its_first_batch():
+    "And at that alone: what it makes of the next is clipped by the attack"
+    model, first = CNN(hidden=5), torch.arange(6).split(3)
+    for wrong, expected in ((0, pytest.raises(ValueError, match='within bounds')), (3, None)):
+        x = torch.rand(6, 1, 28, 28)
+        x[wrong] += 1
+        how = dict(batches=first, adversary=lambda *given: fgsm(*given).x_adv)
+        given = model, *make_optimiser(model, 1e-3), Images(x, torch.arange(6))
+        if expected is None:
+            assert train_epoch(*given, **how) > 0
+        else:
+            with expected:
+                train_epoch(*given, **how)
+    assert not is_trusted()
+
+
+def test_mixed_precision_where_pytorch_has_none(monkeypatch):
+    "On MPS with PyTorch 2.4"
+    monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda kind: False)
+    images = Images(torch.rand(6, 1, 28, 28), torch.arange(6))
+    how = dict(device='cpu', progress=False)
+    with pytest.raises(ValueError, match='no mixed precision on cpu: train with amp=False'):
+        fit(CNN(hidden=5), images, images, 1, amp=True, **how)
+    fit(CNN(hidden=5), images, images, 1, **how)

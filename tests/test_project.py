@@ -672,6 +672,16 @@ def imported(path):
             yield '.'.join([*above, node.module] if node.module else above)
 
 
+def test_seeded_is_told_whose_generator():
+    "The current card of a machine with several need not be the one that computes"
+    unnamed = []
+    for path in PACKAGE:
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        named = [call for call in calls if getattr(call.func, 'id', '') == 'seeded']
+        unnamed += [(path.name, c.lineno) for c in named if len(c.args) + len(c.keywords) < 2]
+    assert not unnamed
+
+
 GROUND = ['compat', 'files', 'numerics']  # the floor on which all other modules stand
 
 

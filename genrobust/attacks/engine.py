@@ -37,7 +37,6 @@ from genrobust.attacks.result import (
     per_image,
     rounding_tolerance,
 )
-from ..numerics import batch_for, check_seed, derive_seed, fix_latents, has_latents, seeded
 from ..numerics import device_of as device_of
 
 # %% ../../nbs/22_engine.ipynb #22-005b
@@ -61,6 +60,15 @@ from genrobust.attacks.inputs import (
 )
 from .inputs import check_positive as check_positive
 from .inputs import check_range as check_range
+from genrobust.numerics import (
+    batch_for,
+    check_seed,
+    derive_seed,
+    fix_latents,
+    has_latents,
+    seeded,
+    widest,
+)
 
 # %% ../../nbs/22_engine.ipynb #22-021
 class Batch(NamedTuple):
@@ -87,8 +95,12 @@ class Start(NamedTuple):
 class Recorder:
     "Margin, norm of the perturbation and norm of the gradient of every evaluation of `B` images"
 
-    def __init__(self, n: int, p: float):
-        self.p, self.count, self.rows = p, torch.zeros(n, dtype=torch.long), []
+    def __init__(
+        self,
+        i: Tensor,  # Index of every image `[B]`
+        p: float,  # Norm of the perturbations
+    ):
+        self.p, self.count, self.rows = p, torch.zeros_like(i), []
 
     def add(
         self,
@@ -100,8 +112,7 @@ class Recorder:
         "Evaluations that follow on those so far."
         slope = torch.full_like(size, torch.nan) if gradient is None else norm(gradient)
         values = torch.stack([margin.to(size), size, slope.to(size)]).unflatten(1, (len(i), -1))
-        i = i.cpu()
-        at = self.count[i, None] + torch.arange(values.shape[2])
+        at = self.count[i, None] + torch.arange(values.shape[2], device=i.device)
         self.count[i] = at[:, -1] + 1
         self.rows.append((i[:, None].expand_as(at), at, values))
 
@@ -114,7 +125,7 @@ class Recorder:
         values = self.rows[0][2]
         found = values.new_full((3, n, self.count.max().item()), torch.nan)
         for i, at, values in self.rows:
-            found[:, where.cpu()[i], at] = values
+            found[:, where[i], at] = values
         return Trace(*found)
 
 # %% ../../nbs/22_engine.ipynb #22-021s1
@@ -146,7 +157,7 @@ class AttackState:
         if start.gradient is not None:
             start = start._replace(gradient=self.defined(start.gradient, self.all))
         self.start = start
-        self.recorder = None if trace is None else Recorder(len(self.x), trace)
+        self.recorder = None if trace is None else Recorder(self.all, trace)
         self._record_start()
         self.last_x, self.last_logits = self.x.clone(), start.logits.clone()
 
@@ -524,7 +535,7 @@ def _in_batches(algorithm, model, images, options, size, bar):
 
 # %% ../../nbs/22_engine.ipynb #22-106s1
 def _warn_of_undefined(pixels):
-    images, total = (pixels > 0).sum().item(), pixels.sum().item()
+    images, total = torch.stack([(pixels > 0).sum(), pixels.sum()]).tolist()
     if total:
         warnings.warn(
             f'the model has gradients that are NaN or infinite, in {total} pixels of {images} '
@@ -621,16 +632,18 @@ def attack_batch(
     return result, undefined
 
 # %% ../../nbs/22_engine.ipynb #22-109
-def _is_known(state, x):
-    "Bool `[B]`: evaluated last, by a model that gives the same logits in another batch"
+def _unknown(state, x):
+    """Which points were not evaluated last `[b]`: all, unless the model gives the same logits in
+    another batch"""
     repeats = x.device.type == 'cpu' and has_latents(state.model)
-    repeats = repeats and not is_training(state.model)
-    return (x == state.last_x).flatten(1).all(1) & repeats
+    if not repeats or is_training(state.model):
+        return state.all
+    return (x != state.last_x).flatten(1).any(1).nonzero().squeeze(1)
 
 
 def _evaluate(state, found):
     "Logits `[B,C]` at the points found, evaluated unless they are known"
-    unknown = (~_is_known(state, found)).nonzero().squeeze(1)
+    unknown = _unknown(state, found)
     if len(unknown):
         state.logits(found[unknown], unknown)
     return state.last_logits
@@ -733,12 +746,15 @@ def _rename(given, old_names, attack):
         given[new] = given.pop(old)
 
 
-def _radii(own, x):
-    "The radius among an attack's own parameters, where it is not one number"
+def _radii(own, model, x):
+    """The radius among an attack's own parameters, where it is not one number, on the device that
+    computes"""
     if isinstance(own.get('eps', 0), (Real, str)):
         return {}
     check_inputs(x)
-    return dict(eps=as_eps(own['eps'], x))
+    rows, there = as_eps(own['eps'], x), x[:1].to(device_of(model, x))
+    moved = isinstance(rows, Tensor)
+    return dict(eps=rows.to(there.device, widest(there)) if moved else rows)
 
 
 def _without_tensors(own):
@@ -772,7 +788,7 @@ def attack(
             bound.apply_defaults()
             given = bound.arguments
             mine = {p.name: given.pop(p.name) for p in own}
-            mine |= _radii(mine, given['x'])
+            mine |= _radii(mine, given['model'], given['x'])
             solve = make(**{n: given[n] for n in parameters if n in given}, **mine)
             needs = first(mine) if callable(first) else first
             settings = dict(attack=name, **_without_tensors(mine))

@@ -4,14 +4,15 @@
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from genrobust import training
+from genrobust import data, training
 
-WHY_NOT = None
+WHY_NOT, SYNTHETIC = None, cache(data.synthetic)  # 70,000 garments are drawn for ten seconds
 if 'pretended_gpu' in sys.modules:
     from pretended_gpu import WHY_NOT, PretendedGPU
 elif torch.cuda.is_available():
@@ -34,6 +35,7 @@ def gpu(monkeypatch):
     torch.manual_seed(0)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('high')
+    monkeypatch.setattr(data, 'synthetic', SYNTHETIC)
     with PretendedGPU() as device:
         if not device.is_real:  # nothing there records kernels
             monkeypatch.setattr(training, '_GraphedStep', training._Step)

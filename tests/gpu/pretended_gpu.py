@@ -179,9 +179,11 @@ class _Generator:
 
 
 class PretendedGPU(TorchDispatchMode):
-    "A context in which there is one GPU; `waits` and `rounded` (to TF32) are counted by line"
+    """A context in which there is one GPU; `waits` and `rounded` (to TF32) are counted by line.
 
-    on, is_real = None, False
+    Without `has_float64` it refuses such tensors, as MPS does."""
+
+    on, is_real, has_float64 = None, False, True
 
     def __init__(self):
         super().__init__()
@@ -250,6 +252,8 @@ class PretendedGPU(TorchDispatchMode):
         if to is not None:
             kwargs['device'] = torch.device('cpu')
         found = self._compute(op, args, kwargs)
+        if not self.has_float64 and torch.float64 in [t.dtype for t in _tensors(found)]:
+            raise TypeError(f'Cannot convert to float64, which is not supported (aten::{name})')
         if not goes_here:
             return found
         known = {id(t.inner): t for t in here}  # what was changed in place

@@ -55,8 +55,9 @@ class Stubborn(nn.Module):
     def forward(self, x):
         return self.model(x) + self.lead
 
-    def all_alone(self, xc):
-        return self.model.per_class_logits(xc) + self.lead
+    def all_alone(self, xc, classes=None):
+        lead = self.lead if classes is None else self.lead[classes]
+        return self.model.per_class_logits(xc, classes) + lead
 
 
 def classifier(name, **config):

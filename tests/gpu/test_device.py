@@ -32,6 +32,23 @@ def test_what_a_gpu_refuses(name):
         REFUSED[name]()
 
 
+IN_FLOAT64 = dict(
+    double=lambda: on_gpu(3).double(),
+    made=lambda: torch.zeros(3, dtype=torch.float64, device='cuda'),
+    moved=lambda: torch.rand(3, dtype=torch.float64).to('cuda'),
+    on_its_way=lambda: on_gpu(3).to('cpu', torch.float64),
+)
+
+
+@pytest.mark.parametrize('name', IN_FLOAT64)
+def test_what_a_gpu_without_float64_refuses(gpu, name):
+    IN_FLOAT64[name]()
+    gpu.has_float64 = False
+    with pytest.raises(TypeError, match='float64'):
+        IN_FLOAT64[name]()
+    assert on_gpu(3).cpu().double().float().to('cuda').is_cuda
+
+
 WAITS = dict(
     item=lambda x: x[0, 0].item(),
     branch=lambda x: bool((x > 2).any()),

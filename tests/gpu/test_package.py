@@ -5,9 +5,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from small import classifier, ready, some
+from small import Plain, Prototypes, classifier, ready, some
 
-from genrobust import bench, cli
+from genrobust import bench, cli, numerics, study
+from genrobust.adaptive import evasion_rate
+from genrobust.attacks import fgsm
 from genrobust.bench import (
     compare_paths,
     machine,
@@ -16,11 +18,15 @@ from genrobust.bench import (
     run_benchmark,
     time_calls,
 )
-from genrobust.data import load
+from genrobust.data import Splits, load
+from genrobust.detection import detect, fit_detectors
+from genrobust.diagnosis import AttackCase, surrogate
 from genrobust.evaluation import evaluate
+from genrobust.evidence import _trial
 from genrobust.models import FACTORISATIONS, Decoder, load_pretrained, predict, save_model
 from genrobust.numerics import batch_for, no_tf32, seeded
-from genrobust.study import Preset, run
+from genrobust.smoothing import _counted
+from genrobust.study import PRESETS, Preset, Stage, run
 from genrobust.training import fit
 
 NAMES = [*FACTORISATIONS, 'CNN']
@@ -111,6 +117,70 @@ def test_seeded_is_for_the_gpu_too():
     assert all(map(torch.equal, before, (torch.get_rng_state(), torch.cuda.get_rng_state())))
 
 
+def test_seeded_before_cuda_has_begun(monkeypatch):
+    "Its generators are made by the first call that needs CUDA"
+    ready_made = torch.cuda.default_generators
+    monkeypatch.setattr(torch.cuda, 'default_generators', ())
+    begin = lambda: monkeypatch.setattr(torch.cuda, 'default_generators', ready_made)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, '_lazy_init', begin)
+    with seeded(3, 'cuda:0'):
+        torch.rand(3, device='cuda:0')
+
+
+def fitted(home):
+    model = ready(Prototypes())
+    return model, fit_detectors(model, some(120, home), some(80, home, 120)), some(4, home)
+
+
+def evasion(home):
+    model, detectors, images = fitted(home)
+    evasion_rate(fgsm(model, *images), detectors['logit'], draws=2)
+
+
+def detection(home):
+    model, _, images = fitted(home)
+    splits = Splits(some(120, home), some(80, home, 120), images)
+    detect(model, {}, splits, n_train=120, n_valid=80, n_clean=4)
+
+
+def certificates(home):
+    numbers = torch.arange(2)
+    about = dict(seed=0, sigma=0.25, n0=3, n=5)
+    _counted(ready(classifier('GFZ')), *some(2, 'cpu'), numbers, about)
+
+
+def learnt_surrogate(home):
+    model, (x, _y) = ready(Plain()), some(4, home)
+    result = fgsm(model, x)
+    surrogate(AttackCase(model, result, 2, 1.0, size='quick'), hidden=5, steps=2)
+
+
+def trial_with_detectors(home):
+    splits = Splits(some(120, home), some(80, home, 120), some(4, home))
+    _trial(ready(Prototypes()), splits, {}, True, p=2, eps=1.0, seed=0, size='quick')
+
+
+def stage(home):
+    Stage('GFZ', 'test', 0, 3).measure(ready(classifier('GFZ')), Splits(*[some(3, home)] * 3))
+
+
+def training(home):
+    fit(classifier('CNN'), some(40, home), some(40, home), 1, device='cuda:0', progress=False)
+
+
+SEEDED = evasion, detection, certificates, learnt_surrogate, trial_with_detectors, stage, training
+
+
+@pytest.mark.parametrize('work', SEEDED, ids=lambda work: work.__name__)
+def test_the_card_of_the_work_is_seeded(work, home):
+    "Not the current one, where a machine has several"
+    seen, generators = set(), numerics._generators
+    with patch.object(numerics, '_generators', lambda d: seen.add(d) or generators(d)):
+        with patch.object(numerics, '_device_in_use', lambda: pytest.fail('no device is named')):
+            work(home)
+    assert torch.device('cuda:0') in seen
+
+
 def test_work_on_the_cpu_starts_no_context(tmp_path):
     "Of a machine with a GPU that nobody has touched"
     from genrobust.attacks import deepfool, rescore
@@ -149,6 +219,15 @@ def test_the_study(tmp_path, gpu):
     assert not gpu.rounded, gpu.rounded
 
 
+def test_the_quick_preset(tmp_path, gpu, monkeypatch):
+    "As it is on the CNN; with fewer images on a Bayes classifier"
+    run('quick', tmp_path / 'cnn', ['cnn'], ['FGS', 'DeepFool'], say=lambda text: None)
+    monkeypatch.setattr(study, 'N_DIGITS', 3)
+    few = PRESETS['quick']._replace(train=60, valid=20, test=5, attacked=1, seeds=1, draws=2)
+    run(few, tmp_path / 'gfz', ['gfz'], ['FGS', 'DeepFool'], say=lambda text: None)
+    assert not gpu.rounded, gpu.rounded
+
+
 def test_benchmarks(gpu):
     assert gpu.is_real or machine()['device'] == 'a pretended GPU'
     time_calls(torch.add, lambda: (torch.ones(2, device='cuda'),) * 2, 2, 'cuda')
@@ -175,3 +254,33 @@ def test_the_command_line(tmp_path, capsys):
     command('attack', 'deepfool', '--model', 'gfz', *own, *second, '--draws', 2)
     command('attack', 'pgd', '--model', model, *own, *second, '--device', 'cpu')
     assert 'Traceback' not in capsys.readouterr().err
+
+
+def test_the_command_detect(tmp_path, capsys):
+    own, model = ('--data', 'synthetic', '--no-progress'), tmp_path / 'm.safetensors'
+    result = tmp_path / 'r.safetensors'
+    command('train', 'cnn', *own, '--images', 1000, '--epochs', 4, '--out', model)
+    command('attack', 'fgsm', '--model', model, *own, '--images', 40, '--out', result, '--eps', 0.3)
+    sizes = '--n-train', 500, '--n-valid', 40, '--n-clean', 40
+    command('detect', '--model', model, *own, '--result', result, *sizes)
+    assert 'evasion rate' in capsys.readouterr().out and (tmp_path / 'r.roc.csv').exists()
+
+
+def test_the_command_evaluate(tmp_path, capsys):
+    how = '--data', 'synthetic', '--images', 3, '--size', 'quick', '--p', 2, '--eps', 1
+    command('evaluate', 'cnn', *how, '--folder', tmp_path / 'e')
+    assert 'robust accuracy' in capsys.readouterr().out and list((tmp_path / 'e').iterdir())
+
+
+def test_the_command_reproduce(tmp_path, capsys):
+    few = dict(train=150, valid=20, test=5, attacked=2, seeds=1, draws=2)
+    sizes = [word for name, n in few.items() for word in (f'--{name}', n)]
+    names = '--models', 'cnn', '--attacks', 'FGS', 'DeepFool'
+    command('reproduce', *sizes, *names, '--out', tmp_path, '--no-progress')
+    assert (tmp_path / 'tables.md').exists(), capsys.readouterr()
+
+
+def test_the_command_bench(tmp_path):
+    given = '--benchmarks', 'fgsm-cnn,deepfool-gfz', '--rounds', 1, '--images', 2
+    command('bench', *given, '--out', tmp_path)
+    assert len(list(tmp_path.glob('benchmark-*.csv'))) == 2
