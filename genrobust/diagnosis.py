@@ -236,6 +236,11 @@ def undefined_gradient(case: ModelCase) -> float:
     return (~case.gradient.isfinite()).flatten(1).any(1).cpu().double().mean().item()
 
 # %% ../nbs/34_diagnosis.ipynb #34-026
+def _or_zero(gradient, x):
+    "The gradient at images, which a model may give elsewhere and not here"
+    return torch.zeros_like(x) if gradient is None else gradient
+
+
 def _slopes(case, h, where=1, n=4):
     """By gradient and by symmetric differences along `n` random signs `[images,n]`, in the pixels
     `where` it is 1, and rounding"""
@@ -251,19 +256,7 @@ def _slopes(case, h, where=1, n=4):
         found.append(torch.stack([(g * v).flatten(1).sum(1), rise / (2 * h), noise / (2 * h)]))
     return torch.stack(found, 2).cpu().double()
 
-
-@check(0.5, 'gradients are masked: attack a smooth form of the model, or use square, spsa')
-def gradient_mismatch(case: ModelCase) -> float:
-    """Relative error of the gradient against differences of the margin, the median of images, and
-    the largest of three: over a fiftieth of the range of pixels, about a step of an attack (less
-    where an image has more than 784); over a fortieth of a level of 8 bits; and over a quarter of
-    a level in those pixels that have no gradient at any image"""
-    if case.gradient is None:
-        return math.nan
-    step = 0.02 * min(1, (784 / case.x[0].numel()) ** 0.5)
-    return max(_mismatch(case, step), _mismatch(case, 1e-4), _mismatch(case, 1e-3, _lost(case)))
-
-
+# %% ../nbs/34_diagnosis.ipynb #34-026b
 def _mismatch(case, h, where=1):
     "Relative error of the gradient over `h` ranges of pixels, the median of images"
     slope, difference, rounding = _slopes(case, h * case.width, where)
@@ -280,9 +273,16 @@ def _lost(case):
     return (_or_zero(case.gradient_at(moved), moved) == 0).all(0).to(case.x)
 
 
-def _or_zero(gradient, x):
-    "The gradient at images, which a model may give elsewhere and not here"
-    return torch.zeros_like(x) if gradient is None else gradient
+@check(0.5, 'gradients are masked: attack a smooth form of the model, or use square, spsa')
+def gradient_mismatch(case: ModelCase) -> float:
+    """Relative error of the gradient against differences of the margin, the median of images, and
+    the largest of three: over a fiftieth of the range of pixels, about a step of an attack (less
+    where an image has more than 784); over a fortieth of a level of 8 bits; and over a quarter of
+    a level in those pixels that have no gradient at any image"""
+    if case.gradient is None:
+        return math.nan
+    step = 0.02 * min(1, (784 / case.x[0].numel()) ** 0.5)
+    return max(_mismatch(case, step), _mismatch(case, 1e-4), _mismatch(case, 1e-3, _lost(case)))
 
 # %% ../nbs/34_diagnosis.ipynb #34-028
 @check(0.5, "attack with loss='margin', and divide the logits by a constant")

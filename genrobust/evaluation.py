@@ -340,6 +340,17 @@ RADII = {
 _NORMS = {1: 'l1', 2: 'l2', math.inf: 'l-infinity'}
 _CHUNK = 40  # Most images of a random model that share latents
 
+# %% ../nbs/19_evaluate.ipynb #19-040a
+def _as_tensor(values, name):
+    "A tensor, of an array or of numbers; a `ValueError` for something else"
+    try:
+        is_array = isinstance(values, np.ndarray)
+        found = torch.as_tensor(np.require(values, requirements='C') if is_array else values)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f'{name} must hold numbers: {e}') from e
+    require(not found.is_complex(), f'{name} holds complex numbers')
+    return found
+
 # %% ../nbs/19_evaluate.ipynb #19-040
 def _batches(x):
     "Images and labels, batch by batch, of a data set or of what iterates over batches"
@@ -350,17 +361,6 @@ def _batches(x):
         require(n_parts == 2, text + 's' * (n_parts > 1))
         x, y = (_as_tensor(values, f'batch {n} of x') for values in batch)
         yield (x, y) if y.ndim else (x[None], y[None])  # or a sample
-
-
-def _as_tensor(values, name):
-    "A tensor, of an array or of numbers; a `ValueError` for something else"
-    try:
-        is_array = isinstance(values, np.ndarray)
-        found = torch.as_tensor(np.require(values, requirements='C') if is_array else values)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise ValueError(f'{name} must hold numbers: {e}') from e
-    require(not found.is_complex(), f'{name} holds complex numbers')
-    return found
 
 
 def _collect(x, images):
