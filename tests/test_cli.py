@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import pandas as pd
@@ -115,12 +116,10 @@ def test_two_processes_train_what_one_trains(tmp_path, few):
     assert {path: path.read_bytes() for path in weights} == weights
 
 
-def test_a_name_says_how_a_model_is_trained(tmp_path, monkeypatch, capsys):
+def test_a_name_says_how_a_model_is_trained(tmp_path, drawn, monkeypatch, capsys):
     "Adversary, data and learning rate; what is given on the command line goes before"
     asked = []
-    monkeypatch.setattr(
-        cli, 'load', lambda name, root: asked.append(name) or data.load('synthetic')
-    )
+    monkeypatch.setattr(cli, 'load', lambda name, root: asked.append(name) or drawn)
     names = ['gfz_at', 'cnn_at_l2', 'cnn_noise50', 'gfz_mnist']
     short = ['--images', '20', '--epochs', '1', '--no-progress', '--device', 'cpu']
     status, *_ = run(capsys, 'train', *names, *short, '--folder', str(tmp_path))
@@ -171,24 +170,13 @@ def test_a_corrupt_archive_is_not_replaced_by_synthetic_images(tmp_path, capsys)
     refused(capsys, 'corrupt or truncated', *command)
 
 
-def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, monkeypatch):
+def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, trained, monkeypatch):
     def offline(*args, **kw):
         raise OSError('no network')
 
     monkeypatch.setattr(data, 'download_url', offline)
-    images = data.load('synthetic')
-    clf = CNN(hidden=50)
-    fit(
-        clf,
-        Images(*[v[:1500] for v in images.train]),
-        Images(*[v[:200] for v in images.valid]),
-        epochs=4,
-        lr=3e-3,
-        batch_size=50,
-        device='cpu',
-        progress=False,
-    )
-    monkeypatch.setattr(study, '_train_briefly', lambda *_: clf.requires_grad_(False))
+    clf = deepcopy(trained).requires_grad_(False)
+    monkeypatch.setattr(study, '_train_briefly', lambda *_: clf)
     said = []
     folder = reproduce(
         Preset(train=500, valid=60, test=30, attacked=4, seeds=2, draws=2),
