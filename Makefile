@@ -98,7 +98,6 @@ readme: .venv/ready ## Print nbs/index.ipynb to README.md
 	python tests/notebooks.py readme
 
 docs: .venv/ready ## Render the site to _docs/, with Quarto
-	nbdev_proc_nbs
-	python tests/notebooks.py fences
+	python tests/notebooks.py process
 	@if ! command -v quarto > /dev/null; then echo 'The pages are processed in _proc/. To render them install Quarto (https://quarto.org/docs/get-started/) and run this again.'; exit 1; fi
 	cd _proc && quarto render --no-cache && rm -rf ../_docs && mv _docs ..

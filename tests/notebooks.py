@@ -1,5 +1,6 @@
-"Run notebooks and save what they show: `python tests/notebooks.py fast|slow [NAME...]`; print the index as README.md: `readme`; or take links out of the code of the processed pages: `fences`."
+"Run notebooks and save what they show: `python tests/notebooks.py fast|slow [NAME...]`; print the index as README.md: `readme`; or process the pages of the site: `process`."
 
+import gc
 import os
 import re
 import shutil
@@ -120,11 +121,24 @@ def plain_fences():
         nbformat.write(nb, path)
 
 
+def process():
+    """The pages of the site in `_proc/`, as of `nbdev_proc_nbs`: where there is no Quarto that would
+    install it as root, and this package anew"""
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+
+    os.chdir(ROOT)
+    refresh_quarto_yml()
+    proc_nbs(n_workers=0)
+    plain_fences()
+    gc.freeze()  # fifty shells of IPython collect garbage at exit, one after the other
+
+
 if __name__ == '__main__':
     command, *names = sys.argv[1:]
     if command == 'readme':
         write_readme()
-    elif command == 'fences':
-        plain_fences()
+    elif command == 'process':
+        process()
     else:
         execute(*names, slow=command == 'slow')
