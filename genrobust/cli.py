@@ -12,7 +12,7 @@ import sys
 import time
 import zlib
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from importlib.util import module_from_spec, spec_from_file_location
 from inspect import isclass, isfunction, signature
 from itertools import product
@@ -50,9 +50,15 @@ from .training import fit, processes
 from .try_it import write_try_it
 
 # %% ../nbs/27_cli.ipynb #27-008
+@cache
+def _documented(function):
+    "Parameters by name, each with its type, default and comment: parsing the source takes a while"
+    return docments(function, full=True)
+
+
 def _options(parser, function, *, without=()):
     "An option for each parameter of `function` that a command line can give"
-    for name, p in docments(function, full=True).items():
+    for name, p in _documented(function).items():
         kinds = get_args(p.anno) or [p.anno]
         kind = next((k for k in (bool, float, int, str) if k in kinds), None)
         if kind is None or name in without:
@@ -452,7 +458,7 @@ def _add_attack(commands, common):
         _options(group, f, without=('allow_training', 'progress', 'draws'))
         if 'draws' in signature(f).parameters:
             eot = group.add_argument('--eot', dest='draws', type=_count, default=1, metavar='N')
-            eot.help = f'{docments(f)["draws"]} (default: 1)'
+            eot.help = f'{_documented(f)["draws"].docment} (default: 1)'
 
 # %% ../nbs/27_cli.ipynb #27-016ds1
 def _weights():

@@ -9,6 +9,7 @@ __all__ = ['N_VALID', 'Images', 'Splits', 'DataError', 'DataUnavailable', 'class
 # %% ../nbs/00_data.ipynb #00-005
 import gzip
 import hashlib
+import math
 import os
 import time
 import zlib
@@ -129,10 +130,11 @@ def _fault(x, y, n_classes):
         return expected, found, 'check that both files belong together'
     if not len(x):
         return 'at least one image', 'none', 'check the file'
-    if not torch.isfinite(x).all():
+    low, high = x.min().item(), x.max().item()  # both NaN if any pixel is
+    if not (math.isfinite(low) and math.isfinite(high)):
         return 'finite pixels', 'NaN or infinity', 'clean the images'
-    if x.min() < 0 or x.max() > 1:
-        return 'pixels in [0, 1]', f'[{x.min():g}, {x.max():g}]', 'divide bytes by 255'
+    if low < 0 or high > 1:
+        return 'pixels in [0, 1]', f'[{low:g}, {high:g}]', 'divide bytes by 255'
     if y.min() < 0 or y.max() >= n_classes:
         return f'labels from 0 to {n_classes - 1}', f'{y.min()} to {y.max()}', 'check the labels'
 

@@ -1,6 +1,7 @@
 "Run notebooks and save what they show: `python tests/notebooks.py fast|slow [NAME...]`; print the index as README.md: `readme`; or make the pages that Quarto renders, in `_proc/`: `pages`."
 
 import ast
+import gc
 import os
 import re
 import shutil
@@ -137,13 +138,15 @@ def upright(text):
 
 
 def pages():
-    "The pages of the site, in `_proc/`: as nbdev makes them, but for the code of their documentation."
+    """The pages of the site, in `_proc/`: as nbdev makes them, but for the code of their documentation.
+
+    Not by `nbdev_proc_nbs`: without Quarto that would install it as root, and this package anew."""
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
 
     os.chdir(ROOT)
     refresh_quarto_yml()
-    proc_nbs(force=True)
+    proc_nbs(n_workers=0, force=True)
     for path in sorted((ROOT / '_proc').glob('*.ipynb')):
         nb = nbformat.read(path, as_version=4)
         for cell in nb.cells:
@@ -154,6 +157,7 @@ def pages():
                     text = unlink(output.data['text/markdown'])
                     output.data['text/markdown'] = upright(with_fields(text))
         nbformat.write(nb, path)
+    gc.freeze()  # fifty shells of IPython collect garbage at exit, one after the other
 
 
 if __name__ == '__main__':

@@ -9,95 +9,59 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from fastcore.docments import docments
+from processes import Command, two_commands
 
 from genrobust import attacks, cli, data, study
 from genrobust.attacks import AttackResult, random_noise
-from genrobust.data import Images
+from genrobust.data import Images, Splits
 from genrobust.models import CNN, BayesClassifier, digest, load_tensors, save_model, save_tensors
 from genrobust.results import Preset, reproduce
 from genrobust.training import fit
 
 
-def genrobust(*args, **kw):
-    "A process of its own, on one thread"
-    command = [
-        sys.executable,
-        '-c',
-        'import sys; from genrobust.cli import main; sys.exit(main())',
-        *map(str, args),
-    ]
+def start(*command, **kw):
+    "A process on one thread, among whose commands are those of this Python"
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
     return subprocess.Popen(
-        command,
-        env=dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg'),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kw,
+        [str(arg) for arg in command],
+        env=dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg', PATH=path),
+        **dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) | kw,
     )
 
 
-def torchrun(*args):
-    "Two processes"
-    env = dict(
-        os.environ,
-        OMP_NUM_THREADS='1',
-        MPLBACKEND='agg',
-        PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
-    )
-    return subprocess.Popen(
-        [
-            'torchrun',
-            '--standalone',
-            '--no-python',
-            '--nproc-per-node',
-            '2',
-            'genrobust',
-            *map(str, args),
-        ],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def few(drawn):
+    "The first drawn images of each part"
+    return Splits(*[Images(*[v[:200] for v in part]) for part in drawn])
 
 
-def train(out, epochs, *args):
-    return genrobust(
-        'train',
-        'gfz',
-        '--data',
-        'synthetic',
-        '--images',
-        120,
-        '--epochs',
-        epochs,
-        '--no-progress',
-        '--out',
-        out,
-        *args,
-    )
+def test_a_killed_run_ends_in_the_same_weights(tmp_path, few):
+    def train(out):
+        options = (
+            '--images 20 --batch-size 5 --epochs 3 --no-progress --data synthetic --device cpu'
+        )
+        return Command('train', 'gfz', *options.split(), '--out', out, splits=few)
 
-
-def test_a_killed_run_ends_in_the_same_weights(tmp_path):
-    straight = train(tmp_path / 'straight.safetensors', 3)
-    killed = train(tmp_path / 'killed.safetensors', 3)
+    straight = train(tmp_path / 'straight.safetensors')
+    killed = train(tmp_path / 'killed.safetensors')
     checkpoint = tmp_path / 'killed.checkpoint'
-    while not checkpoint.exists() and killed.poll() is None:
+    while not checkpoint.exists() and killed.is_alive():
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     killed.communicate()
     assert len(load_tensors(checkpoint)[1]['history']) < 3
     assert not (tmp_path / 'killed.safetensors').exists()
-    again = train(tmp_path / 'killed.safetensors', 3)
+    again = train(tmp_path / 'killed.safetensors')
     for process in (straight, again):
         errors = process.communicate()[1]
-        assert process.returncode == 0, errors
+        assert process.exitcode == 0, errors
     for suffix in ('checkpoint', 'safetensors'):
         a, b = (load_tensors(tmp_path / f'{name}.{suffix}') for name in ('straight', 'killed'))
         assert (
@@ -107,9 +71,9 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path):
         )
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
-    """Under torchrun (gloo), and where two go on in one folder by themselves; what is there is
-    neither trained nor written again"""
+def test_two_processes_train_what_one_trains(tmp_path, few):
+    """As torchrun starts them (gloo), and where two go on in one folder by themselves; what is
+    there is neither trained nor written again"""
     args = [
         'train',
         'cnn',
@@ -125,11 +89,11 @@ def test_two_processes_train_what_one_trains(tmp_path):
         '1',
         '--no-progress',
     ]
-    spread = torchrun(*args, '--folder', tmp_path / 'two')
-    alone = genrobust(*args, '--folder', tmp_path / 'one')
-    for process in (spread, alone):
-        out = process.communicate()[0]
-        assert process.returncode == 0 and out.count('after 1 epochs') == 4, out
+    two = two_commands(*args, '--folder', tmp_path / 'two', splits=few)
+    one = Command(*args, '--folder', tmp_path / 'one', splits=few)
+    for process, said in zip((*two, one), (4, 0, 4)):
+        out, errors = process.communicate()
+        assert process.exitcode == 0 and out.count('after 1 epochs') == said, errors or out
     names = ['cnn', 'cnn-1', 'cnn_at', 'cnn_at-1']
     for folder in ('one', 'two'):
         assert sorted(p.name for p in (tmp_path / folder).iterdir()) == sorted(
@@ -146,18 +110,16 @@ def test_two_processes_train_what_one_trains(tmp_path):
     weights = {path: path.read_bytes() for path in gone if path.suffix == '.safetensors'}
     for path in gone:
         path.unlink()
-    for process in [genrobust(*args, '--folder', tmp_path / 'one') for _ in range(2)]:
-        assert process.communicate()[0].count('after 1 epochs') == 4 and process.returncode == 0
+    for process in [Command(*args, '--folder', tmp_path / 'one', splits=few) for _ in range(2)]:
+        assert process.communicate()[0].count('after 1 epochs') == 4 and process.exitcode == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert {path: path.read_bytes() for path in weights} == weights
 
 
-def test_a_name_says_how_a_model_is_trained(tmp_path, monkeypatch, capsys):
+def test_a_name_says_how_a_model_is_trained(tmp_path, drawn, monkeypatch, capsys):
     "Adversary, data and learning rate; what is given on the command line goes before"
     asked = []
-    monkeypatch.setattr(
-        cli, 'load', lambda name, root: asked.append(name) or data.load('synthetic')
-    )
+    monkeypatch.setattr(cli, 'load', lambda name, root: asked.append(name) or drawn)
     names = ['gfz_at', 'cnn_at_l2', 'cnn_noise50', 'gfz_mnist']
     short = ['--images', '20', '--epochs', '1', '--no-progress', '--device', 'cpu']
     status, *_ = run(capsys, 'train', *names, *short, '--folder', str(tmp_path))
@@ -200,32 +162,21 @@ def test_bad_input_is_one_line_and_status_2(args, message, here, capsys):
     assert not [p for p in here.rglob('*') if p.is_file()]
 
 
-def test_a_corrupt_archive_is_not_replaced_by_synthetic_images(tmp_path):
+def test_a_corrupt_archive_is_not_replaced_by_synthetic_images(tmp_path, capsys):
     raw = tmp_path / 'FashionMNIST' / 'raw'
     raw.mkdir(parents=True)
     (raw / 'train-images-idx3-ubyte.gz').write_bytes(b'cut short')
-    process = genrobust('reproduce', '--root', tmp_path, '--out', tmp_path / 'out')
-    assert 'corrupt or truncated' in process.communicate()[1] and process.returncode == 2
+    command = ['reproduce', '--root', tmp_path, '--out', tmp_path / 'out', '--device', 'cpu']
+    refused(capsys, 'corrupt or truncated', *command)
 
 
-def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, monkeypatch):
+def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, trained, monkeypatch):
     def offline(*args, **kw):
         raise OSError('no network')
 
     monkeypatch.setattr(data, 'download_url', offline)
-    images = data.load('synthetic')
-    clf = CNN(hidden=50)
-    fit(
-        clf,
-        Images(*[v[:1500] for v in images.train]),
-        Images(*[v[:200] for v in images.valid]),
-        epochs=4,
-        lr=3e-3,
-        batch_size=50,
-        device='cpu',
-        progress=False,
-    )
-    monkeypatch.setattr(study, '_train_briefly', lambda *_: clf.requires_grad_(False))
+    clf = deepcopy(trained).requires_grad_(False)
+    monkeypatch.setattr(study, '_train_briefly', lambda *_: clf)
     said = []
     folder = reproduce(
         Preset(train=500, valid=60, test=30, attacked=4, seeds=2, draws=2),
@@ -252,55 +203,27 @@ def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, mon
     assert len(titles) == 5 and all('synthetic' in title for title in titles)
 
 
-def test_detectors_judge_what_was_made_for_them(tmp_path):
+def test_detectors_judge_what_was_made_for_them(here, drawn, monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
     torch.manual_seed(0)
-    save_model(CNN().eval(), tmp_path / 'mine.safetensors')
-    out = genrobust(
-        'attack',
-        'fgsm',
-        '--model',
-        tmp_path / 'mine.safetensors',
-        '--data',
-        'synthetic',
-        '--images',
-        '30',
-        '--out',
-        tmp_path / 'noise.safetensors',
-        '--eps',
-        '1',
-    ).communicate()
-    assert (tmp_path / 'noise.safetensors').exists(), out
+    save_model(CNN().eval(), 'mine.safetensors')
+    made = '--data synthetic --device cpu --images 30 --eps 1 --out noise.safetensors'
+    status, *said = run(capsys, 'attack', 'fgsm', '--model', 'mine.safetensors', *made.split())
+    assert status == 0 and Path('noise.safetensors').exists(), said
     for args, message in [
         (['--model', 'gfz', '--data', 'synthetic'], 'was made with --model'),
-        (['--model', tmp_path / 'mine.safetensors'], 'was made with --data synthetic'),
+        (['--model', 'mine.safetensors'], 'was made with --data synthetic'),
     ]:
-        process = genrobust('detect', '--result', tmp_path / 'noise.safetensors', *args)
-        assert message in process.communicate()[1] and process.returncode == 2
+        refused(capsys, message, 'detect', '--result', 'noise.safetensors', *args)
 
 
-def test_one_training_that_fails_does_not_stop_the_others(tmp_path):
-    (tmp_path / 'cnn.checkpoint').write_bytes(b'cut short')
-    process = genrobust(
-        'train',
-        'cnn',
-        'dbx',
-        '--data',
-        'synthetic',
-        '--images',
-        '100',
-        '--epochs',
-        '1',
-        '--no-progress',
-        '--folder',
-        tmp_path,
-    )
-    out, errors = process.communicate()
-    assert (
-        process.returncode == 2
-        and 'corrupt or truncated' in errors
-        and 'DBX after 1 epochs' in out
-        and (tmp_path / 'dbx.safetensors').exists()
-    )
+def test_one_training_that_fails_does_not_stop_the_others(here, drawn, monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
+    Path('cnn.checkpoint').write_bytes(b'cut short')
+    options = '--data synthetic --device cpu --images 20 --epochs 1 --no-progress --folder .'
+    status, out, errors = run(capsys, 'train', 'cnn', 'dbx', *options.split())
+    assert status == 2 and 'corrupt or truncated' in errors
+    assert 'DBX after 1 epochs' in out and Path('dbx.safetensors').exists()
 
 
 def test_a_study_killed_or_spread_over_processes_ends_in_the_same_numbers(tmp_path, fashion):
@@ -316,21 +239,23 @@ def test_a_study_killed_or_spread_over_processes_ends_in_the_same_numbers(tmp_pa
         '--device',
         'cpu',
     ]
-    killed = genrobust(*args, '--out', tmp_path / 'killed')
-    while len(list(tmp_path.glob('killed/stages/*.safetensors'))) < 5 and killed.poll() is None:
+    few = Splits(*[Images(*[v[:500] for v in part]) for part in fashion])  # all that it looks at
+    killed = Command(*args, '--out', tmp_path / 'killed', splits=few)
+    while len(list(tmp_path.glob('killed/stages/*.safetensors'))) < 5 and killed.is_alive():
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
+    killed.kill()
     killed.communicate()
     assert not (tmp_path / 'killed/tables.md').exists()
     kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob('killed/stages/*.safetensors')}
-    spread = torchrun(*args, '--out', tmp_path / 'spread')
-    for process in (
-        genrobust(*args, '--out', tmp_path / 'killed'),
-        genrobust(*args, '--out', tmp_path / 'straight'),
-        spread,
-    ):
+    command = ['torchrun', '--standalone', '--no-python', '--nproc-per-node', '2', 'genrobust']
+    spread = start(*command, *args, '--out', tmp_path / 'spread')
+    again, straight = (
+        Command(*args, '--out', tmp_path / folder, splits=few) for folder in ('killed', 'straight')
+    )
+    for process in (again, straight, spread):
         out, errors = process.communicate()
-        assert process.returncode == 0 and out.count('Written to') == 1, errors or out
+        assert out.count('Written to') == 1, errors or out
+    assert again.exitcode == straight.exitcode == spread.returncode == 0
     assert all(p.stat().st_mtime_ns == then for p, then in kept.items())
     for file in ('images', 'clean', 'detectors'):
         first, *others = (
@@ -504,30 +429,13 @@ def test_nothing_to_attack_is_no_error(small, drawn, capsys):
     assert cli._rate(pd.Series([], dtype=float)) == '-'
 
 
-def test_an_interrupted_attack_writes_nothing(tmp_path):
-    default = lambda: signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # a shell's background jobs ignore it
-    process = genrobust(
-        'attack',
-        'deepfool',
-        '--model',
-        'gfz',
-        '--data',
-        'synthetic',
-        '--images',
-        1000,
-        '--batch-size',
-        2,
-        '--device',
-        'cpu',
-        '--out',
-        tmp_path / 'a.safetensors',
-        preexec_fn=default,
-    )
+def test_an_interrupted_attack_writes_nothing(tmp_path, few):
+    options = '--data synthetic --images 200 --batch-size 2 --device cpu --model gfz'
+    out = tmp_path / 'a.safetensors'
+    process = Command('attack', 'deepfool', *options.split(), '--out', out, splits=few)
     assert 'deepfool on GFZ' in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    assert process.communicate()[1] == 'genrobust: interrupted\n' and process.returncode == 130
+    os.kill(process.pid, signal.SIGINT)
+    assert process.communicate()[1] == 'genrobust: interrupted\n' and process.exitcode == 130
     assert not list(tmp_path.iterdir())
 
 
@@ -1040,50 +948,22 @@ def test_a_write_that_fails_names_its_file(command, here, drawn, trained, monkey
 
 def test_nobody_has_to_read_or_hear_it(tmp_path):
     "Standard output or error that is closed, full, or whose reader has gone, with and without a buffer"
-    train = [
-        'train',
-        'cnn',
-        '--data',
-        'synthetic',
-        '--images',
-        '20',
-        '--epochs',
-        '1',
-        '--no-progress',
-        '--folder',
-    ]
-    attack = [
-        'attack',
-        'fgsm',
-        '--model',
-        'cnn',
-        '--data',
-        'synthetic',
-        '--images',
-        '3',
-        '--draws',
-        '0',
-        '--no-progress',
-        '--out',
-    ]
+    data = '--data synthetic --no-progress'
+    train = f'train cnn --images 20 --epochs 1 {data} --folder'.split()
+    attack = f'attack fgsm --model cnn --images 3 --draws 0 {data} --out'.split()
+    # Python closes what it has opened: no fork does; of the images it draws twenty, not 70,000
+    code = """import sys
+from genrobust import cli, data
+few = data.synthetic(20)
+cli.load, cli.class_names = lambda *_: data.Splits(few, few, few), lambda name: []
+sys.exit(cli.main())"""
 
     def start(args, redirections='', unbuffered='', **kw):
-        command = [
-            'sh',
-            '-c',
-            f'exec "$@" {redirections}',
-            'sh',
-            sys.executable,
-            '-m',
-            'genrobust',
-            *map(str, args),
-        ]
+        run = f'exec "$@" {redirections}'
+        command = ['sh', '-c', run, 'sh', sys.executable, '-c', code, *map(str, args)]
         env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED=unbuffered)
-        return subprocess.Popen(
-            command,
-            env=env,
-            **{**dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), **kw},
-        )
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(command, env=env, text=True, **pipes | kw)
 
     gone, write = os.pipe()
     os.close(gone)
@@ -1136,17 +1016,6 @@ def test_the_old_name_of_an_option_works_and_says_the_new_one(capsys):
 
 
 def test_every_way_to_start_it():
-    env = dict(
-        os.environ,
-        OMP_NUM_THREADS='1',
-        PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
-    )
-
-    def start(*command):
-        return subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
     ways = [
         ['genrobust'],
         [sys.executable, '-m', 'genrobust'],
