@@ -995,7 +995,7 @@ def _about(subject, model, jobs):
         version=__version__,
     )
 
-
+# %% ../nbs/19_evaluate.ipynb #19-071s2
 @torch.no_grad()
 def _some_answers(subject):
     """The first logits of two images, clean and with noise: what a model is known by besides its
