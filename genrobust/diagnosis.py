@@ -619,14 +619,14 @@ def surrogate(
     net.eval().requires_grad_(False)
     return LogitsOf(lambda x: net(x.float()), lambda out: out)
 
-# %% ../nbs/34_diagnosis.ipynb #34-046s2
+# %% ../nbs/34_diagnosis.ipynb #34-046s3
 def _climb(case, steps, **own):
     "An attack by gradients that knows the norm of the ball"
     if case.p == 1:
         return partial(fmn, steps=steps)
     return partial(apgd, steps=steps, early_stop=True, **own)
 
-
+# %% ../nbs/34_diagnosis.ipynb #34-046s2
 @check(_more_than_one, 'the gradients of the model mislead: report transfer; use square, spsa')
 def transfer_beats_white_box(case: AttackCase) -> float:
     "Share of images that stand and that an attack on a surrogate makes the model misclassify"
