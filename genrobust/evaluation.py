@@ -1024,7 +1024,7 @@ def _seconds_of_checks(subject, rates):
         binarisation=n * (2 * effort.inner * query + effort.steps / 4 * step),
     )
 
-
+# %% ../nbs/19_evaluate.ipynb #19-072a
 def _plan(subject, has_usable_gradient):
     "Jobs on the white box, and on averages"
     s, size = subject, SIZES[subject.size]
