@@ -1095,7 +1095,7 @@ def _attack_case(subject, nearest, averages, robust):
     bounds = bounds_of(s.bounds, s.x, i)
     return AttackCase(s.fixed(0), found, s.p, eps, bounds, s.seed, s.size)
 
-
+# %% ../nbs/19_evaluate.ipynb #19-074s2
 _ADVICE = {'random_answers': 'it is counted on resampled answers too: read these rows first'}
 
 
@@ -1115,7 +1115,7 @@ def _judged(check, case):
     caution = caution and [check.__name__, evidence, advice]
     return dict(evidence=evidence, caution=caution, images=len(case().x))
 
-
+# %% ../nbs/19_evaluate.ipynb #19-074s3
 def _judge(parts, checks, case, seconds, wait):
     "What checks found, by name, but for those that other processes are at"
     found, names = {}, {f'check-{check.__name__}': check for check in checks}
@@ -1132,7 +1132,7 @@ def _cautions(found, nearest, averages):
     cautions = [Caution(*of['caution']) for of in found.values() if of['caution']]
     lost = torch.stack([attacker.lost for attacker in (nearest, averages) if attacker]).any(0)
     if lost.any():
-        share = lost.double().mean().item()
+        share = lost.float().mean().item()
         cautions.append(Caution('no_gradient', share, no_gradient.advice))
     return cautions
 
