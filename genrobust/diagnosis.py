@@ -323,9 +323,13 @@ def training_mode(case: ModelCase) -> float:
 
 # %% ../nbs/34_diagnosis.ipynb #34-021
 def _differ(one, other):
-    "Largest difference of logits, in units of the largest, over half of the digits of their type"
+    """Largest difference of logits, but for what all classes share and for rounding, in units of
+    the largest, over half of the digits of their type"""
+    rounding = rounding_tolerance(one) + rounding_tolerance(other)
+    one, other = (logits - logits.mean(1, keepdim=True) for logits in (one, other))
     scale = torch.maximum(one.abs().amax(), other.abs().amax()).clamp_min(1e-30)
-    difference = ((one - other).abs().amax() / scale).item()
+    excess = (one - other).abs() - rounding[:, None]
+    difference = (excess.amax() / scale).item()
     return difference if difference > torch.finfo(one.dtype).eps ** 0.5 else 0.0
 
 
@@ -335,9 +339,12 @@ def answers_differ(
     x: Tensor,  # Images `[N,...]`
     seed: int = 0,  # Of torch's random numbers
 ) -> float:  # In units of the largest logit; 0 within half of the digits of its type
-    "Largest difference between two answers to the same images."
+    """Largest difference between two answers to the same images; up to ten are compared with the
+    first, since one coin may decide for a whole answer."""
     with no_tf32(), seeded(derive_seed('answers', seed), x.device):
-        return _differ(*[ask_in_parts(model, x, 64) for _ in range(2)])
+        first = ask_in_parts(model, x, 64)
+        others = (_differ(first, ask_in_parts(model, x, 64)) for _ in range(10))
+        return next(filter(None, others), 0.0)
 
 
 @check(0, 'attack with draws=20, and count by rescore(result, model, draws=20)')
@@ -653,6 +660,8 @@ def more_steps_help(case: AttackCase) -> float:
 @check(_more_than_one, 'no image is safe within the bounds: mend the attack; use square')
 def unbounded_attack_fails(case: AttackCase) -> float:
     "Share of images that stand where any image within the bounds is allowed"
+    if case.gradient is None:
+        return math.nan
     i = torch.arange(len(case), device=case.device)
     own = dict(eps=case.width, p=math.inf)
     fooled = case.attack(
@@ -718,7 +727,9 @@ def binary_problem(
 )
 def binarisation(case: AttackCase) -> float:
     "Share of binary problems with a known solution in which gradients find none"
-    if case.p not in (2, math.inf) or case.draws > 1:  # a readout of noise separates by luck
+    if case.p not in (2, math.inf) or case.gradient is None:
+        return math.nan
+    if case.draws > 1:  # a readout of noise separates by luck
         return math.nan
     attack, solved = _climb(case, case.effort.steps, loss='margin'), []
     for n in range(len(case)):

@@ -324,13 +324,12 @@ class Size(NamedTuple):
     noisy: int  # Images of a random model that are attacked through averages
     draws: int  # Answers that such an average is taken of
     climbs: int  # Steps of APGD on it
-    scored: int  # Resampled answers that each image of a random model is scored on
 
 
 SIZES = dict(
-    quick=Size(math.inf, 300, 20, 2, 20, 20),
-    standard=Size(600, 2000, 40, 5, 50, 20),
-    thorough=Size(math.inf, 10_000, 200, 20, 100, 100),
+    quick=Size(math.inf, 300, 20, 2, 20),
+    standard=Size(600, 2000, 40, 5, 50),
+    thorough=Size(math.inf, 10_000, 200, 20, 100),
 )
 RADII = {
     1: (2.0, 5.0, 10.0),
@@ -338,6 +337,7 @@ RADII = {
     math.inf: (0.02, 0.05, 0.1),
 }  # By default; times the width of bounds
 _NORMS = {1: 'l1', 2: 'l2', math.inf: 'l-infinity'}
+_SCORED = 20  # Resampled answers on which an image of a random model is scored
 _CHUNK = 40  # Most images of a random model that share latents
 
 # %% ../nbs/19_evaluate.ipynb #19-040a
@@ -411,10 +411,10 @@ def _logits_of(answer):
 
 
 def _dtypes(model, x):
-    "Types of images to try: that of the weights; of a function, that of the images comes first"
+    "Types of images to try: of weights, the largest first; of a function, that of the images first"
     weights = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
-    kinds = [v.dtype for v in weights if v.is_floating_point()]
-    return kinds[:1] or list(dict.fromkeys([x.dtype, torch.float32, torch.float64]))
+    kinds = [v.dtype for v in sorted(weights, key=Tensor.numel) if v.is_floating_point()][::-1]
+    return list(dict.fromkeys(kinds or [x.dtype, torch.float32, torch.float64]))
 
 
 def _slope(model, x):
@@ -469,11 +469,10 @@ def _adapt(
 def _is_random(
     model: nn.Module,  # Images to logits
     x: Tensor,  # Some images
+    seed: int,  # Of torch's random numbers
 ) -> bool:
     "Whether it has latents, or two answers differ by more than rounding."
-    if fix_latents(model) is not model:
-        return True
-    return answers_differ(model, x) > 0
+    return fix_latents(model) is not model or answers_differ(model, x, seed) > 0
 
 
 def _has_gradient(
@@ -528,7 +527,8 @@ class _Subject:
         is_hidden, whole = is_training(self.inspected), self.inspected
         self.model = LogitsOf(lambda x: whole(x), lambda out: out) if is_hidden else whole
         self.latents = fix_latents(self.model) is not self.model  # random, and can hold them fixed
-        self.is_random = _is_random(self.model, self.x[:8])
+        some = self.x[: effort_for(whole, self.size).images]  # as the check of random answers asks
+        self.is_random = _is_random(self.model, some, self.seed)
         self.is_differentiable = _has_gradient(self.model, self.x[:2])
         n = len(self.x)
         width = min(_CHUNK, math.ceil(n / 5)) if self.is_random else 250
@@ -570,7 +570,7 @@ class _Subject:
         "Of points in place of images `i`: shares of wrong answers, whether most are, or any is."
         y, flags = self.y[i], torch.zeros_like(i, dtype=torch.bool)
         points = AttackResult(x, x, y, y, flags, flags, 0 * y, 0 * y)
-        draws = SIZES[self.size].scored // (4 if what == 'choose' else 1)
+        draws = _SCORED // (4 if what == 'choose' else 1)
         found = rescore(points, self.model, draws, derive_seed(what, self.seed, i.tolist()))
         forwards = torch.full_like(y, draws)
         return dict(
@@ -717,7 +717,10 @@ class Evaluation:
     def _verdict(self):
         if self.warnings is None:
             return 'Not checked for signs of a failed attack.'
-        return 'Cautions, with evidence:' if self.warnings else 'No warning.'
+        if self.warnings:
+            return 'Cautions, with evidence:'
+        n = sum(isinstance(why, str) for why in self.evidence.values())
+        return f'No warning, but {n} checks could measure nothing.' if n else 'No warning.'
 
     def _limits(self):
         "What the checks could not see, line by line"
@@ -998,16 +1001,20 @@ def _about(subject, model, jobs):
 # %% ../nbs/19_evaluate.ipynb #19-071s2
 @torch.no_grad()
 def _some_answers(subject):
-    """The first logits of two images, clean and with noise: what a model is known by besides its
-    weights; None where its answers cannot be repeated"""
-    s, found = subject, []
-    noise = torch.rand(s.x[:2].shape, generator=torch.Generator().manual_seed(0)).to(s.x)
-    x = torch.cat([s.x[:2], s.x[:2].lerp(noise * s.x.amax(), 0.1)])
+    """Of a few images, clean and with noise, one number made of the logits of all classes: what a
+    model is known by besides its weights; None where its answers cannot be repeated"""
+    s, x, found = subject, subject.x[:8], []
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(x.shape, generator=generator).to(x) * s.x.amax()
+    x = torch.cat([x, x.lerp(noise, 0.1), x.lerp(noise, 0.5)])
     for _ in range(2):
         with no_tf32(), seeded(derive_seed('known', s.seed), s.x.device):
-            found.append(ask_in_parts(s.fixed(0), x, s.batch_size or 256)[:, :10])
-    is_known = torch.allclose(*found, rtol=1e-3)
-    return [float(f'{v:.6g}') for v in found[0].flatten().tolist()] if is_known else None
+            found.append(ask_in_parts(s.fixed(0), x, s.batch_size or 256).cpu().double())
+    if not torch.allclose(*found, rtol=1e-3):
+        return None
+    logits = found[0] - found[0].mean(1, keepdim=True)
+    mixed = logits @ torch.randn(logits.shape[1], generator=generator).double()
+    return [float(f'{value:.6g}') for value in mixed.tolist()]
 
 # %% ../nbs/19_evaluate.ipynb #19-072
 def _seconds_of_checks(subject, rates):

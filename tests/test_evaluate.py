@@ -337,6 +337,46 @@ def test_noise_that_cannot_be_held_fixed_leaves_three_ways():
     assert still.robust.threat_model.tolist() == ['white box']
 
 
+class Coin(nn.Module):
+    "One of two networks, chosen anew at every call"
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = make_net(), make_net(5.0)
+        self.eval()
+
+    def forward(self, x):
+        return self.one(x) if torch.rand(()) < 0.5 else -self.other(x)
+
+
+def test_one_coin_for_all_images_makes_a_random_model(checks):
+    report = quick(Coin(), X, Y, eps=0.05)
+    assert report.robust.threat_model.tolist() == COUNTS and report.clean.rate < 0.9
+    assert 'random_answers' in [caution.name for caution in report.warnings]
+
+
+@pytest.mark.parametrize('name', ['fixed', 'averaged', 'fresh'])
+def test_attributes_may_bear_the_names_of_our_methods(name):
+    for model in (make_net(), Coin()):
+        setattr(model, name, False)
+        assert quick(lambda x: model(x), X, Y, eps=0.05).robust.equals(
+            quick(model, X, Y, eps=0.05).robust
+        )
+
+
+def test_a_scalar_of_another_type_says_nothing_of_the_images():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+            self.net = NET
+
+        def forward(self, x):
+            return self.net(x) * self.scale.to(x)
+
+    assert quick(Scaled().eval(), X, Y).result.x.dtype == torch.float32
+
+
 def test_averages_meet_a_part_of_the_images_and_say_so():
     x = images(60)
     report = quick(Latent(), x, NET(x).argmax(1), eps=0.05)
@@ -502,6 +542,7 @@ def test_a_report_says_which_checks_can_say_nothing(checks, tmp_path):
     one = quick(NET, X[:1], Y[:1], eps=0.02)
     assert one.evidence['black_box_beats_white_box'] == 'nothing to measure'
     assert 'not checked, nothing to measure: normalisation' in repr(one)
+    assert 'No warning, but 6 checks could measure nothing.' in repr(one), repr(one)
     wrong = quick(NET, X, (Y + 1) % 4, eps=0.02, folder=tmp_path)
     assert 'no image of the result was classified correctly' in wrong.evidence['binarisation']
     loaded = Evaluation.load(tmp_path)
@@ -581,7 +622,17 @@ def test_models_of_the_same_weights_that_answer_otherwise_are_told_apart(tmp_pat
         def forward(self, x):
             return self.net(x + self.std * torch.randn_like(x))
 
+    class Biased(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.net, self.bias = NET, bias
+            self.eval()
+
+        def forward(self, x):
+            return self.net(x) - 6000 + self.bias * torch.tensor([1.0, 0, 0, 0])
+
     models = [Noisy(0.05), Noisy(0.5), *(Normalized(NET, mean, 0.5) for mean in (0.1, 0.2))]
+    models += [Biased(0), Biased(4)]
     for n, model in enumerate(models):
         folder = tmp_path / type(model).__name__
         if n % 2 == 0:

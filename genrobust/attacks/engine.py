@@ -494,13 +494,14 @@ def _deterministic(model, options):
     """The model with fixed latents, where it has such, or the mean of several draws; what the
     result says of them; and the options, with the passes that an evaluation costs"""
     seed, draws, noise, found = options.seed, options.draws, {}, model
-    if draws > 1 and hasattr(model, 'averaged'):
+    can_average = callable(getattr(model, 'averaged', None))
+    if draws > 1 and can_average:
         found = model.averaged(draws, seed)
     else:
         found = fix_latents(model, seed)
     if found is not model:
         noise = dict(noise_seed=seed)
-    if draws > 1 and not hasattr(model, 'averaged') and (noise or not has_latents(model)):
+    if draws > 1 and not can_average and (noise or not has_latents(model)):
         found, noise = EOT(model, draws), {}
     cost = (1 if found is model else draws) * (model.draws if isinstance(model, EOT) else 1)
     if hasattr(found, 'noise_settings'):

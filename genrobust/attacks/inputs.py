@@ -175,6 +175,8 @@ class Wrapped(nn.Module):
         if name not in self.rewrapped:
             return super().__getattr__(name)
         method = getattr(self.model, name)
+        if not callable(method):  # an attribute of the same name
+            return method
 
         def wrapped_again(*args, **kwargs):
             model = method(*args, **kwargs)
