@@ -346,7 +346,7 @@ def answers_differ(
         others = (_differ(first, ask_in_parts(model, x, 64)) for _ in range(10))
         return next(filter(None, others), 0.0)
 
-
+# %% ../nbs/34_diagnosis.ipynb #34-021b
 @check(0, 'attack with draws=20, and count by rescore(result, model, draws=20)')
 def random_answers(case: ModelCase) -> float:
     "Largest difference between two answers to the same images, in units of the largest logit"
