@@ -664,10 +664,8 @@ def unbounded_attack_fails(case: AttackCase) -> float:
         return math.nan
     i = torch.arange(len(case), device=case.device)
     own = dict(eps=case.width, p=math.inf)
-    fooled = case.attack(
-        partial(apgd, steps=case.effort.steps, loss='margin', restarts=2), i, **own
-    )
-    return case.share(~fooled)
+    attack = partial(apgd, steps=case.effort.steps, loss='margin', restarts=2)
+    return case.share(~case.attack(attack, i, **own))
 
 
 @check(_more_than_one, 'the steps of the attack are misled: smaller steps, draws=20, or square')
