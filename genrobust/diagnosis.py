@@ -298,7 +298,7 @@ def saturation(case: ModelCase) -> float:
 @check(0, 'find the operation that overflows or divides by 0: an answer without a number is none')
 def undefined_answers(case: ModelCase) -> float:
     "Share of images whose answer is NaN or infinite once noise is added"
-    return (~case.ask(case.noisy).isfinite().all(1)).double().mean().item()
+    return (~case.ask(case.noisy).isfinite().all(1)).float().mean().item()
 
 
 @check(0, 'pass the logits: the layer before the softmax, or logits_of=torch.log')
