@@ -685,7 +685,7 @@ class Evaluation:
 
         if self.distance is None:
             return pd.DataFrame(dict(distance=[], rate=[]))
-        found = self.distance[self.distance.isfinite()].sort().values.unique()
+        found = self.distance[self.distance.isfinite()]
         found = torch.cat([found.new_zeros(1), found]).unique()
         rates = [(self.distance > at).double().mean().item() for at in found]
         return pd.DataFrame(dict(distance=found.tolist(), rate=rates))

@@ -119,13 +119,11 @@ def test_there_is_no_false_alarm_on_small_honest_models(evaluated, name):
 
 @pytest.mark.parametrize('name', AROUND_LINEAR)
 def test_the_rate_is_the_exact_one_or_said_to_deserve_no_belief(evaluated, honest, splits, name):
-    """Of the linear model behind a deception, but where the deception is to add random numbers:
-    those have a caution too"""
+    "That of the linear model behind a deception, but for one image"
     x, y = images(splits, name, 24)
-    truth = honest['linear'].is_robust(x, y, EPS).double().mean().item()
+    exact = honest['linear'].is_robust(x, y, EPS).double().mean().item()
     report = evaluated(name)
-    low, high = report.robust.iloc[0][['low', 'high']]
-    assert low <= truth <= high or report.warnings, report
+    assert abs(report.robust.rate[0] - exact) < 1.5 / len(x) or report.warnings, report
 
 
 @pytest.mark.parametrize('p, eps', [(2, 1.0), (1, 5.0)])
@@ -146,20 +144,6 @@ def test_deep_bayes_classifiers_are_random_and_nothing_else(fashion, name, monke
     if name == 'gfz':
         result = apgd(model, x, y, eps=0.3, steps=10, loss='margin', early_stop=True)
         assert cross_check(model, x, y, math.inf, 0.3, result, size='quick') == []
-
-
-@pytest.mark.filterwarnings('ignore:the model has gradients that are NaN')
-@pytest.mark.parametrize('name', AROUND_LINEAR)
-def test_a_robust_accuracy_that_is_wrong_never_comes_without_a_caution(
-    dishonest, honest, splits, name
-):
-    x, y = images(splits)
-    truth = honest['linear'].is_robust(x, y, EPS).sum().item()
-    result = attacked(dishonest[name], x, y)
-    standing = (result.attacked & ~result.success).sum().item()
-    found = inspect_model(dishonest[name], x, y, size='quick')
-    found += cross_check(dishonest[name], x, y, math.inf, EPS, result, size='quick')
-    assert standing <= truth + 1 or found, (standing, truth)
 
 
 def test_the_exact_robust_accuracy_is_that_of_all_corners():

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -613,28 +614,28 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path):
 
 
 def test_models_of_the_same_weights_that_answer_otherwise_are_told_apart(tmp_path):
-    class Noisy(nn.Module):
-        def __init__(self, std):
+    class Behind(nn.Module):
+        "Something around a network, which its weights do not tell"
+
+        def __init__(self, answer):
             super().__init__()
-            self.net, self.std = NET, std
+            self.net, self.answer = NET, answer
             self.eval()
 
         def forward(self, x):
-            return self.net(x + self.std * torch.randn_like(x))
+            return self.answer(x)
 
-    class Biased(nn.Module):
-        def __init__(self, bias):
-            super().__init__()
-            self.net, self.bias = NET, bias
-            self.eval()
+    def noisy(x, std):
+        return NET(x + std * torch.randn_like(x))
 
-        def forward(self, x):
-            return self.net(x) - 6000 + self.bias * torch.tensor([1.0, 0, 0, 0])
+    def biased(x, bias):
+        return NET(x) - 6000 + bias * torch.tensor([1.0, 0, 0, 0])
 
-    models = [Noisy(0.05), Noisy(0.5), *(Normalized(NET, mean, 0.5) for mean in (0.1, 0.2))]
-    models += [Biased(0), Biased(4)]
+    models = [Behind(partial(noisy, std=std)) for std in (0.05, 0.5)]
+    models += [Behind(partial(biased, bias=bias)) for bias in (0, 4)]
+    models += [Normalized(NET, mean, 0.5) for mean in (0.1, 0.2)]
     for n, model in enumerate(models):
-        folder = tmp_path / type(model).__name__
+        folder = tmp_path / str(n // 2)
         if n % 2 == 0:
             quick(model, X, Y, eps=0.1, folder=folder)
             continue
