@@ -54,6 +54,17 @@ def test_a_target_of_a_linear_model():
     assert result.success.all() and 0.999 < ratio.min() and ratio.mean() < 1.01
 
 
+def test_random_starts_differ_and_find_the_same_distance_on_a_linear_model():
+    linear, x = linear_model(2)
+    first, second = (alma(linear, x, random_start=True, seed=seed) for seed in (0, 1))
+    assert not torch.equal(first.x_adv, second.x_adv)
+    for result in first, second:
+        ratio = result.l2 / exact_distances(linear, x)
+        assert result.success.all() and 0.999 < ratio.min() and ratio.mean() < 1.01
+    one = alma(linear, x[3:4], random_start=True, numbers=torch.tensor([3]))
+    assert torch.allclose(one.x_adv[0], first.x_adv[3], atol=1e-5)
+
+
 @pytest.mark.parametrize('scale', [1e-4, 1e4])
 def test_the_scale_of_logits_changes_little(scale):
     linear, x = linear_model()
@@ -92,10 +103,11 @@ def test_bounds_and_masks_of_each_image():
     linear, x = nn.Linear(20, 3).eval(), torch.rand(6, 20)
     mask, low, high = torch.rand(6, 20) < 0.7, -torch.arange(6.0), 1 + torch.arange(6.0)
     mask[0] = False
-    result = alma(linear, x, mask=mask, bounds=(low, high))
-    assert torch.equal(result.x_adv[~mask], x[~mask]) and not result.success[0]
-    assert (result.x_adv >= low[:, None]).all() and (result.x_adv <= high[:, None]).all()
-    assert result.success[1:].any()
+    for start in False, True:
+        result = alma(linear, x, mask=mask, bounds=(low, high), random_start=start)
+        assert torch.equal(result.x_adv[~mask], x[~mask]) and not result.success[0]
+        assert (result.x_adv >= low[:, None]).all() and (result.x_adv <= high[:, None]).all()
+        assert result.success[1:].any()
 
 
 def test_the_slope_is_that_of_a_smooth_convex_penalty():

@@ -22,6 +22,7 @@ from genrobust.attacks.engine import (
 from .gradient import unit
 from .pairs import PairMargin
 from .penalty import Adam
+from .random_numbers import normal
 from .result import norm, per_image, require
 from .sphere import farthest_corner, nearest_boundary
 
@@ -48,12 +49,15 @@ def _shorten(best, halvings=8):
         low, high = torch.where(is_beyond, low, middle), torch.where(is_beyond, middle, high)
 
 # %% ../../nbs/16_lagrangian.ipynb #16-021
-def _descend(state: AttackState, steps, step_size, rho, alpha, refresh) -> Tensor:
+def _descend(state: AttackState, steps, step_size, rho, alpha, refresh, random_start) -> Tensor:
     "Minimise the Lagrangian, with multipliers that follow the slope of the penalty"
     best, pairs, i, x = BestNorm(state), PairMargin(state, refresh), state.all, state.x
     tiny, n_free = torch.finfo(x.dtype).tiny, torch.as_tensor(state.n_free, device=x.device)
     farthest = farthest_corner(state, 2).to(x)
     size = nearest_boundary(state, 2)[0].to(x).maximum(1e-4 * farthest).minimum(farthest)
+    if random_start:
+        direction = unit(state.free(state.random(normal, i), i).to(x), 2)
+        x = state.clip(x + per_image(size, x) * direction, i)
     mu, adam = torch.ones_like(size), Adam(x, 0.0, 0.99)
     scale = state.margin_target(state.start.logits, i).clamp_min(tiny)
     for n in range(steps):
@@ -84,10 +88,12 @@ def alma(
     rho: float = 1.0,  # Weight of the penalty, above 0
     alpha: float = 0.9,  # Share of a multiplier that a step keeps, 0 or more and below 1
     refresh: int = 20,  # Steps after which the two classes are chosen anew, where that saves passes
+    # Start at a random point, as far as the nearest linearised boundary; else at the image
+    random_start: bool = False,
 ):
     "Augmented Lagrangian attack (Rony et al., 2021), on the margin, in l2."
     check_counts(steps=steps, refresh=refresh)
     check_positive(step_size=step_size, rho=rho)
     check_range(0, 1, alpha=alpha)
     require(alpha < 1, f'alpha must be below 1, found {alpha}')
-    return lambda state: _descend(state, steps, step_size, rho, alpha, refresh)
+    return lambda state: _descend(state, steps, step_size, rho, alpha, refresh, random_start)
