@@ -15,7 +15,7 @@ help: ## List the targets
 
 # `make test PINS='torch==2.4.* numpy==1.26.*'` is for other versions than the newest.
 PINS ?=
-INSTALL := $(if $(shell command -v uv),uv pip install -q -p .venv,$(BIN)/pip install -q)
+INSTALL := $(if $(shell command -v uv),uv pip install -q -p .venv,$(BIN)/pip install -q --no-compile)
 .venv/ready: settings.ini setup.py
 	@echo "Installing genrobust and its development tools into .venv (once)"
 	@if command -v uv > /dev/null; then uv venv -q --allow-existing .venv; else python3 -m venv .venv; fi
@@ -53,8 +53,9 @@ referee: .venv/ready ## Compare the attacks with those of other libraries by the
 # up to a fifth of the time of a test. So it keeps them.
 test test-gpu notebooks-test: export MALLOC_MMAP_THRESHOLD_ := 1073741824
 test test-gpu notebooks-test: export MALLOC_TRIM_THRESHOLD_ := 4294967296
-test: .venv/ready lint sync notebooks-test wheel test-gpu ## All tests: style, notebooks and modules in step, fast cells, the wheel, a pretended GPU, pytest
-	OMP_NUM_THREADS=1 pytest -q -n 2 --durations=15 tests
+test: .venv/ready lint sync ## All tests: style, notebooks and modules in step, fast cells, the wheel, a pretended GPU, pytest
+	$(MAKE) --no-print-directory -j2 notebooks-test wheel test-gpu
+	OMP_NUM_THREADS=1 pytest -q -n 2 --dist worksteal --durations=15 tests
 
 # A pretended GPU hangs on the insides of PyTorch: where it does not work with the one in .venv, it gets the last that it was
 # seen to work with, in an environment of its own. `pretended_gpu.py` says whether it works; tests are skipped where it cannot.
@@ -62,7 +63,7 @@ GPU_TORCH := torch==2.14.1
 test-gpu: .venv/ready ## All parts on a pretended GPU, in a few minutes: it needs Linux and g++, but neither card nor driver
 	@python tests/gpu/pretended_gpu.py || $(MAKE) --no-print-directory .venv-gpu/ready
 	@export PATH=$$(ls -d $(CURDIR)/.venv-gpu/bin 2> /dev/null || echo $(BIN)):$$PATH PYTHONPATH=$(CURDIR)/tests/gpu OMP_NUM_THREADS=1 MPLBACKEND=agg; \
-	echo pytest -p pretended_gpu tests/gpu; pytest -q -n 2 -rs -p pretended_gpu tests/gpu
+	echo pytest -p pretended_gpu tests/gpu; pytest -q -n 2 --dist worksteal -rs -p pretended_gpu tests/gpu
 
 .venv-gpu/ready:
 	@echo "Installing $(GPU_TORCH) for the pretended GPU into .venv-gpu (once)"

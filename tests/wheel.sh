@@ -17,7 +17,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 cd "$folder"
 if command -v uv > /dev/null; then uv venv -q env && uv pip install -q -p env "$wheel"
-else python3 -m venv env && env/bin/pip install -q "$wheel"; fi
+else python3 -m venv env && env/bin/pip install -q --no-compile "$wheel"; fi
 awk '/^```python$/ {inside=1; next} /^```$/ {if (inside) exit} inside' "$readme" > example.py
 test -s example.py
 env/bin/python example.py

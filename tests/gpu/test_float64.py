@@ -12,6 +12,7 @@ from genrobust.attacks import ddn, pgd
 from genrobust.corruptions import corrupt, measure
 from genrobust.data import Images
 from genrobust.deceivers import Linear
+from genrobust.diagnosis import EFFORTS, Effort
 from genrobust.evaluation import evaluate, worst_case
 from genrobust.evidence import BUDGETS, CHECKS, Trial, nearest_of_others
 from genrobust.models import predict
@@ -42,7 +43,8 @@ def test_worst_case(home, eps):
 
 
 @pytest.mark.parametrize('name, p', [('GFZ', math.inf), ('CNN', 2)])
-def test_evaluate(name, p):
+def test_evaluate(name, p, monkeypatch):
+    monkeypatch.setitem(EFFORTS, 'quick', Effort(2, 5, 20, 20))
     model, (x, _y) = ready(classifier(name)), some(2, 'cpu')
     fixed = model.fixed(0) if name == 'GFZ' else model
     report = evaluate(model, x, own_labels(fixed, x), p=p, eps=0.5, size='quick', progress=False)

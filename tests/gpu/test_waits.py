@@ -63,7 +63,7 @@ def count(name, kind, home='cuda', **given):
 
 def check_step(name, kind, more=0, **given):
     parameters, allowed = STEPS[name]
-    few, many = (count(name, kind, **parameters(n), **given) for n in (5, 9))
+    few, many = (count(name, kind, **parameters(n), **given) for n in (1, 5))
     assert sum((many - few).values()) <= 4 * (allowed + more), many - few
 
 
