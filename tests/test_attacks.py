@@ -147,21 +147,17 @@ def test_leaves_everything_as_it_was(attack, outside, stochastic):
         if stochastic
         else elsewhere()
     )
-    bounds, before, weights, randomness = (
-        ((0, 1) if stochastic else (-1, 1)),
-        x.clone(),
-        [p.clone() for p in model.parameters()],
-        torch.random.get_rng_state(),
-    )
+    bounds = (0, 1) if stochastic else (-1, 1)
+    before = x.clone()
+    weights = [p.clone() for p in model.parameters()]
+    randomness = torch.random.get_rng_state()
     expected = attack_small(attack, model, x, bounds=bounds, **FEW.get(attack, {})).x_adv
     with outside():
         result = attack_small(attack, model, x, bounds=bounds, **FEW.get(attack, {}))
     assert torch.equal(result.x_adv, expected)
-    assert (
-        torch.equal(x, before)
-        and not x.requires_grad
-        and not any(m.training for m in model.modules())
-    )
+    assert torch.equal(x, before)
+    assert not x.requires_grad
+    assert not any(m.training for m in model.modules())
     assert all(torch.equal(p, w) and p.grad is None for p, w in zip(model.parameters(), weights))
     assert torch.equal(torch.random.get_rng_state(), randomness)
 
@@ -195,7 +191,8 @@ def test_deepfool_asks_again_where_the_answer_may_change():
     "A lucky draw of dropout is no success of a model in training mode, though it has `fixed`"
     model, x = CNN(dropout=0.9), torch.rand(64, 1, 28, 28)
     settled = deepfool(model.eval(), x, steps=5)
-    assert settled.success.any() and torch.equal(
+    assert settled.success.any()
+    assert torch.equal(
         settled.forwards[settled.success], 1 + settled.backwards[settled.success] // 9
     )
     asked = deepfool(model.train(), x, steps=5, allow_training=True)
@@ -276,11 +273,9 @@ def test_failure_returns_the_original(attack):
 
     x = torch.rand(4, 1, 8, 8)
     result = attack_small(attack, Deaf().eval(), x)
-    assert (
-        not result.success.any()
-        and torch.equal(result.x_adv, x)
-        and math.isnan(result.summary()['l2'])
-    )
+    assert not result.success.any()
+    assert torch.equal(result.x_adv, x)
+    assert math.isnan(result.summary()['l2'])
 
 
 def test_the_last_update_is_checked():
@@ -329,10 +324,8 @@ def test_a_stochastic_model_is_attacked_on_noise_of_the_attackers_own():
     result = deepfool(clf, x, seed=4)
     assert result.settings['noise_seed'] == 4
     assert torch.equal(result.y_adv, clf.fixed(4)(result.x_adv).argmax(1))
-    assert (
-        'noise_seed' not in deepfool(clf.fixed(4), x).settings
-        and 'noise_seed' not in deepfool(CNN().eval(), x).settings
-    )
+    assert 'noise_seed' not in deepfool(clf.fixed(4), x).settings
+    assert 'noise_seed' not in deepfool(CNN().eval(), x).settings
 
 
 def test_rescoring_never_uses_the_noise_of_the_attack():
@@ -362,9 +355,8 @@ def test_what_is_not_a_number_is_no_success(attack):
             )
 
     steep = attack_small(attack, Steep().eval(), x, bounds=(-1, 1))
-    assert steep.x_adv.isfinite().all() and torch.equal(
-        steep.success, model(steep.x_adv).argmax(1) != steep.y
-    )
+    assert steep.x_adv.isfinite().all()
+    assert torch.equal(steep.success, model(steep.x_adv).argmax(1) != steep.y)
     assert not attack_small(attack, Cliff().eval(), x, bounds=(-1, 1)).success.any()
 
 
@@ -431,17 +423,13 @@ def test_rescored_targets_and_skips():
 
 def test_results_survive_the_disk_and_refuse_to_mix(tmp_path):
     model, x = elsewhere()
-    one, other = (
-        fgsm(model, x, bounds=(-1, 1), eps=0.1, target=(model(x).argmax(1) + 1) % 5),
-        fgsm(model, x, bounds=(-1, 1), eps=0.2),
-    )
+    one = fgsm(model, x, bounds=(-1, 1), eps=0.1, target=(model(x).argmax(1) + 1) % 5)
+    other = fgsm(model, x, bounds=(-1, 1), eps=0.2)
     one.save(tmp_path / 'one.safetensors')
     again = AttackResult.load(tmp_path / 'one.safetensors')
-    assert (
-        again.settings == one.settings
-        and torch.equal(again.x_adv, one.x_adv)
-        and torch.equal(again.target, one.target)
-    )
+    assert again.settings == one.settings
+    assert torch.equal(again.x_adv, one.x_adv)
+    assert torch.equal(again.target, one.target)
     assert [p.name for p in tmp_path.iterdir()] == ['one.safetensors']
     with pytest.raises(ValueError, match='same settings'):
         AttackResult.cat([one, other])
@@ -471,9 +459,8 @@ def test_apgd_in_ball_and_box_with_every_loss(p, loss, aimed):
     result = apgd(
         model, x, eps=0.4, p=p, loss=loss, steps=9, restarts=2, target=target, bounds=(-1, 1)
     )
-    assert (
-        result.perturbation.flatten(1).norm(p, dim=1) <= 0.4 * (1 + 1e-5)
-    ).all() and result.x_adv.abs().max() <= 1
+    assert (result.perturbation.flatten(1).norm(p, dim=1) <= 0.4 * (1 + 1e-5)).all()
+    assert result.x_adv.abs().max() <= 1
     assert torch.equal(result.success, result.is_success(model(result.x_adv).argmax(1)))
 
 
@@ -522,11 +509,9 @@ def test_dlr_needs_classes_enough():
 def test_one_against_all_is_the_smallest_of_the_targeted():
     model, x = elsewhere()
     result = one_vs_all(deepfool, model, x, bounds=(-1, 1), seed=3, p=1.5)
-    y, norms, images = (
-        model(x).argmax(1),
-        torch.full((7, 5), torch.inf),
-        torch.zeros(7, 5, 3, 20, 30),
-    )
+    y = model(x).argmax(1)
+    norms = torch.full((7, 5), torch.inf)
+    images = torch.zeros(7, 5, 3, 20, 30)
     for c in range(5):
         i = (y != c).nonzero().squeeze(1)
         one = deepfool(model, x[i], y[i], target=c, bounds=(-1, 1), p=1.5)
@@ -534,9 +519,8 @@ def test_one_against_all_is_the_smallest_of_the_targeted():
             one.perturbation.flatten(1).norm(1.5, dim=1).where(one.success, torch.inf),
             one.x_adv,
         )
-    assert torch.equal(result.y_adv, norms.argmin(1)) and torch.allclose(
-        result.x_adv, images[range(7), norms.argmin(1)], atol=1e-6
-    )
+    assert torch.equal(result.y_adv, norms.argmin(1))
+    assert torch.allclose(result.x_adv, images[range(7), norms.argmin(1)], atol=1e-6)
     assert result.success.all() and result.target is None and torch.equal(result.y, y)
     assert result.settings == dict(
         deepfool(model, x, bounds=(-1, 1), seed=3, p=1.5).settings, attack='one_vs_all(deepfool)'
@@ -559,28 +543,22 @@ def test_one_against_all_counts_what_it_spends_and_is_the_same_in_any_batch():
     )
     together = one_vs_all(apgd, model, x, y, bounds=(-1, 1), steps=4)
     assert together.forwards.sum() == model.seen and (together.backwards[2:] == 4 * 4).all()
-    assert (
-        together.initially_wrong.tolist() == [True] * 2 + [False] * 5
-        and torch.equal(together.x_adv[:2], x[:2])
-        and not together.backwards[:2].any()
-    )
+    assert together.initially_wrong.tolist() == [True] * 2 + [False] * 5
+    assert torch.equal(together.x_adv[:2], x[:2])
+    assert not together.backwards[:2].any()
     apart = one_vs_all(apgd, model, x, y, bounds=(-1, 1), steps=4, batch_size=2)
-    assert torch.allclose(together.x_adv, apart.x_adv, atol=1e-9) and torch.equal(
-        together.forwards, apart.forwards
-    )
+    assert torch.allclose(together.x_adv, apart.x_adv, atol=1e-9)
+    assert torch.equal(together.forwards, apart.forwards)
 
 
 def test_one_against_all_on_noise_of_the_attackers_own():
     clf, x = BayesClassifier('GFZ', hidden=50, n_samples=2).eval(), torch.rand(2, 1, 28, 28)
     result, still = one_vs_all(pgd, clf, x, seed=4, steps=2), clf.fixed(4)
-    assert (
-        result.success.any()
-        and result.settings['noise_seed'] == 4
-        and torch.equal(result.y, still(x).argmax(1))
-    )
-    assert torch.equal(result.success, still(result.x_adv).argmax(1) != result.y) and torch.equal(
-        result.y_adv, still(result.x_adv).argmax(1)
-    )
+    assert result.success.any()
+    assert result.settings['noise_seed'] == 4
+    assert torch.equal(result.y, still(x).argmax(1))
+    assert torch.equal(result.success, still(result.x_adv).argmax(1) != result.y)
+    assert torch.equal(result.y_adv, still(result.x_adv).argmax(1))
     assert torch.allclose(result.x_adv, one_vs_all(pgd, still, x, seed=4, steps=2).x_adv)
 
 
@@ -589,11 +567,9 @@ def test_one_against_all_fails_like_any_minimum_norm_attack_and_refuses_nonsense
     none = one_vs_all(pgd, model, x, bounds=(-1, 1), eps=1e-4, steps=2)
     assert not none.success.any() and torch.equal(none.x_adv, x) and torch.equal(none.y_adv, none.y)
     wrong = one_vs_all(pgd, model, x, (none.y + 1) % 5, bounds=(-1, 1), eps=1e-4, steps=2)
-    assert (
-        wrong.initially_wrong.all()
-        and torch.equal(wrong.x_adv, x)
-        and wrong.settings == none.settings
-    )
+    assert wrong.initially_wrong.all()
+    assert torch.equal(wrong.x_adv, x)
+    assert wrong.settings == none.settings
     for kw, match in [
         (dict(target=1), 'leave target out'),
         (dict(steps=0), 'steps'),
@@ -620,11 +596,9 @@ def test_a_service_without_gradients_is_attacked_the_same(attack):
     for p in model.parameters():
         p.requires_grad_(False)
     result = attack_small(attack, Service().eval(), x, bounds=(-1, 1))
-    assert (
-        torch.equal(result.x_adv, expected.x_adv)
-        and torch.equal(result.forwards, expected.forwards)
-        and not result.backwards.any()
-    )
+    assert torch.equal(result.x_adv, expected.x_adv)
+    assert torch.equal(result.forwards, expected.forwards)
+    assert not result.backwards.any()
     assert expected.success.any() or attack is square
 
 
@@ -649,9 +623,8 @@ def test_logits_of_another_precision(attack):
             return model(x).double().log_softmax(1)
 
     result = attack_small(attack, Precise().eval(), x, bounds=(-1, 1))
-    assert result.x_adv.dtype == torch.float and torch.equal(
-        result.success, model(result.x_adv).argmax(1) != result.y
-    )
+    assert result.x_adv.dtype == torch.float
+    assert torch.equal(result.success, model(result.x_adv).argmax(1) != result.y)
     if attack in MINIMUM_NORM:
         assert result.success.all()
 
@@ -666,10 +639,8 @@ def test_all_logits_tied_is_no_dead_end(attack):
 def test_zoo_asks_again_and_wants_a_margin_where_answers_are_noisy():
     "On a noisy linear model one lucky answer is no success; with answers averaged and a margin asked for, it is one"
     torch.manual_seed(0)
-    model, x = (
-        nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval(),
-        torch.rand(20, 1, 8, 8) * 0.2 + 0.4,
-    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval()
+    x = torch.rand(20, 1, 8, 8) * 0.2 + 0.4
     y = model(x).argmax(1)
 
     class Noisy(nn.Module):
@@ -748,11 +719,9 @@ def test_a_black_image_leaves_the_mean_rho_alone():
     result = deepfool(
         nn.Linear(784, 5).eval(), torch.stack([torch.zeros(784), torch.full((784,), 0.5)])
     )
-    assert (
-        result.success.all()
-        and result.rho.isnan().tolist() == [True, False]
-        and result.summary()['rho'] == result.rho[1]
-    )
+    assert result.success.all()
+    assert result.rho.isnan().tolist() == [True, False]
+    assert result.summary()['rho'] == result.rho[1]
 
 
 def test_too_little_memory_is_called_so():
@@ -799,10 +768,8 @@ def test_convolutions_are_not_rounded_to_tf32_under_attack():
 
 
 def test_results_say_what_noise_they_ran_on():
-    clf, x = (
-        BayesClassifier('DBX', hidden=8, latent=2, n_samples=2).eval(),
-        torch.rand(2, 1, 28, 28),
-    )
+    clf = BayesClassifier('DBX', hidden=8, latent=2, n_samples=2).eval()
+    x = torch.rand(2, 1, 28, 28)
     noise = [
         random_noise(model, x, seed=4).settings.get('noise')
         for model in (clf, clf.fixed(3, 5), clf.averaged(5, 1), clf.fresh(), CNN().eval())
@@ -823,9 +790,8 @@ def test_results_written_before_there_was_a_digest_still_load(tmp_path):
         result.tensors(), tmp_path / 'old.safetensors', dict(settings=json.dumps(result.settings))
     )
     again = AttackResult.load(tmp_path / 'old.safetensors')
-    assert again.settings == result.settings and all(
-        torch.equal(v, again.tensors()[k]) for k, v in result.tensors().items()
-    )
+    assert again.settings == result.settings
+    assert all(torch.equal(v, again.tensors()[k]) for k, v in result.tensors().items())
     for settings in ('[1, 2]', '{', '[' * 10_000 + ']' * 10_000, '"eps"', 'null'):
         safetensors.torch.save_file(
             result.tensors(), tmp_path / 'odd.safetensors', dict(settings=settings)

@@ -64,11 +64,9 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path, few):
         assert process.exitcode == 0, errors
     for suffix in ('checkpoint', 'safetensors'):
         a, b = (load_tensors(tmp_path / f'{name}.{suffix}') for name in ('straight', 'killed'))
-        assert (
-            a[1] == b[1]
-            and a[0].keys() == b[0].keys()
-            and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
-        )
+        assert a[1] == b[1]
+        assert a[0].keys() == b[0].keys()
+        assert all(torch.equal(a[0][k], b[0][k]) for k in a[0])
 
 
 def test_two_processes_train_what_one_trains(tmp_path, few):
@@ -363,19 +361,14 @@ def test_an_attack_is_that_of_the_library(small, drawn, capsys):
         seed=7,
         batch_size=16,
     )
-    assert (
-        torch.equal(result.x_adv, expected.x_adv)
-        and expected.settings.items() <= result.settings.items()
-    )
-    assert torch.equal(
-        torch.tensor(frame.success), expected.success
-    ) and frame.image.tolist() == list(range(60))
+    assert torch.equal(result.x_adv, expected.x_adv)
+    assert expected.settings.items() <= result.settings.items()
+    assert torch.equal(torch.tensor(frame.success), expected.success)
+    assert frame.image.tolist() == list(range(60))
     attacked = frame[~frame.initially_wrong]
-    assert (
-        attacked.share.isin([0, 0.25, 0.5, 0.75, 1]).all()
-        and frame[frame.initially_wrong].share.isna().all()
-        and (frame.worst | ~frame.majority).all()
-    )
+    assert attacked.share.isin([0, 0.25, 0.5, 0.75, 1]).all()
+    assert frame[frame.initially_wrong].share.isna().all()
+    assert (frame.worst | ~frame.majority).all()
     out = capsys.readouterr().out
     for text in (
         'a dry run',
@@ -843,9 +836,8 @@ def test_names_that_no_encoding_holds(here, drawn, trained, monkeypatch):
             == 0
         )
         lines = said.getvalue().decode(encoding).splitlines()
-        assert len([line for line in lines if 'b\\udcffd|\\n' in line]) == 3 and not any(
-            line.startswith(('é', '\\xe9')) for line in lines
-        )
+        assert len([line for line in lines if 'b\\udcffd|\\n' in line]) == 3
+        assert not any(line.startswith(('é', '\\xe9')) for line in lines)
     assert {path.suffix for path in Path(folder).iterdir()} >= {
         '.safetensors',
         '.checkpoint',
@@ -1021,10 +1013,8 @@ def test_every_way_to_start_it():
         [sys.executable, '-m', 'genrobust'],
         [sys.executable, '-m', 'genrobust.cli'],
     ]
-    versions, refusals = (
-        [start(*way, '--version') for way in ways],
-        [start(*way, 'train', 'nonsense') for way in ways],
-    )
+    versions = [start(*way, '--version') for way in ways]
+    refusals = [start(*way, 'train', 'nonsense') for way in ways]
     spread = start(
         'torchrun',
         '--standalone',
@@ -1036,14 +1026,11 @@ def test_every_way_to_start_it():
         'nonsense',
     )
     for process in versions:
-        assert (
-            process.communicate()[0] == f'genrobust {cli.__version__}\n' and process.returncode == 0
-        )
+        assert process.communicate()[0] == f'genrobust {cli.__version__}\n'
+        assert process.returncode == 0
     for process in refusals:
-        assert (
-            process.communicate()[0].startswith('genrobust: error: no model')
-            and process.returncode == 2
-        )
+        assert process.communicate()[0].startswith('genrobust: error: no model')
+        assert process.returncode == 2
     assert 'genrobust: error: no model' in spread.communicate()[0] and spread.returncode != 0
 
 

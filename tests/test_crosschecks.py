@@ -43,10 +43,8 @@ def fooled(model, x, images):
 @BALLS
 def test_fgsm_is_foolboxs(cnn, images, p, eps):
     "In float64, on images whose cross-entropy, which Foolbox climbs, is not lost in rounding"
-    model, images = (
-        load_pretrained('cnn', device='cpu').double(),
-        Images(images.x.double(), images.y),
-    )
+    model = load_pretrained('cnn', device='cpu').double()
+    images = Images(images.x.double(), images.y)
     near = log_odds(model(images.x), images.y) < 15
     images = Images(images.x[near], images.y[near])
     theirs = by_foolbox(
@@ -59,9 +57,8 @@ def test_fgsm_is_foolboxs(cnn, images, p, eps):
     )
     ours = fgsm(model, *images, eps=eps, p=p)
     assert len(images.y) > 30 and (ours.x_adv - theirs).abs().max() <= 1e-6
-    assert 0 < ours.success.sum() < len(images.y) and ours.success.sum() == fooled(
-        model, theirs, images
-    )
+    assert 0 < ours.success.sum() < len(images.y)
+    assert ours.success.sum() == fooled(model, theirs, images)
 
 
 @BALLS
@@ -119,10 +116,8 @@ def test_carlini_wagner_is_no_farther_than_foolboxs(cnn, images):
     )
     ours = carlini_wagner(cnn, *images)
     assert ours.success.all() and fooled(cnn, theirs, images) == 10
-    assert (
-        ours.l2.mean() <= mean_l2(theirs, images.x)
-        and ours.l2.mean() <= 0.95 * deepfool(cnn, *images).l2.mean()
-    )
+    assert ours.l2.mean() <= mean_l2(theirs, images.x)
+    assert ours.l2.mean() <= 0.95 * deepfool(cnn, *images).l2.mean()
     assert ours.backwards.double().mean() < 750 / 2
 
 

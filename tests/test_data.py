@@ -88,9 +88,8 @@ def test_the_four_files_are_accepted_wherever_they_lie(
 def test_the_images_are_those_that_torchvision_reads(archives, fashion, tmp_path):
     put(archives, tmp_path / 'FashionMNIST/raw', gzip.decompress, '')
     test = torchvision.FashionMNIST(tmp_path, train=False)
-    assert torch.equal(fashion.test.x[:, 0], test.data / 255) and torch.equal(
-        fashion.test.y, test.targets
-    )
+    assert torch.equal(fashion.test.x[:, 0], test.data / 255)
+    assert torch.equal(fashion.test.y, test.targets)
 
 
 def test_mnist_and_fashion_mnist_are_told_apart(archives, tmp_path):
@@ -108,9 +107,8 @@ def test_mnist_is_read_where_it_is():
         splits = load('mnist', download=False)
     except DataUnavailable:
         pytest.skip('MNIST is not on disk')
-    assert [len(part.y) for part in splits] == [50_000, 10_000, 10_000] and class_names('mnist')[
-        3
-    ] == '3 - three'
+    assert [len(part.y) for part in splits] == [50_000, 10_000, 10_000]
+    assert class_names('mnist')[3] == '3 - three'
     assert splits.test.y[:5].tolist() == [7, 2, 1, 0, 4]
 
 
@@ -273,9 +271,8 @@ def test_a_download_ends_whatever_a_mirror_does(answer, impatient, tmp_path, mon
 def test_synthetic_images_come_when_no_mirror_answers(impatient, tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.FashionMNIST, 'mirrors', [serve(silent)])
     said = []
-    assert (
-        load_or_synthetic(tmp_path, said.append)[0] == 'synthetic' and 'no more in time' in said[0]
-    )
+    assert load_or_synthetic(tmp_path, said.append)[0] == 'synthetic'
+    assert 'no more in time' in said[0]
 
 
 def test_a_silent_mirror_is_asked_once(impatient, archives, fashion, tmp_path, monkeypatch):

@@ -47,10 +47,8 @@ class Prototypes(Classifier):
 
     def __init__(self, images, noise=0.0):
         super().__init__('prototypes', 10)
-        self.means, self.noise = (
-            nn.Parameter(torch.stack([images.x[images.y == c].mean(0) for c in range(10)])),
-            noise,
-        )
+        self.means = nn.Parameter(torch.stack([images.x[images.y == c].mean(0) for c in range(10)]))
+        self.noise = noise
 
     def forward(self, x):
         return -(x[:, None] - self.means).square().flatten(2).sum(2) + self.noise * torch.randn(
@@ -147,20 +145,16 @@ def test_prediction_and_score_share_their_draw(noisy, splits):
     seen = []
     noisy.register_forward_hook(lambda module, args, logits: seen.append(logits))
     prediction, score = detector.predict_and_score(splits.test.x, batch_size=500)
-    assert (
-        len(seen) == 1
-        and torch.equal(prediction, seen[0].argmax(1))
-        and torch.equal(score, detector.judge(seen[0]))
-    )
+    assert len(seen) == 1
+    assert torch.equal(prediction, seen[0].argmax(1))
+    assert torch.equal(score, detector.judge(seen[0]))
     torch.manual_seed(2)
     labels = detector(splits.test.x, batch_size=500)
     expected = seen[1].argmax(1).where(detector.judge(seen[1]) <= detector.threshold, REJECTED)
-    assert (
-        len(seen) == 2
-        and torch.equal(labels, expected)
-        and (labels == REJECTED).any()
-        and (labels != REJECTED).any()
-    )
+    assert len(seen) == 2
+    assert torch.equal(labels, expected)
+    assert (labels == REJECTED).any()
+    assert (labels != REJECTED).any()
     noisy._forward_hooks.clear()
 
 
@@ -198,10 +192,8 @@ def test_without_a_density_there_is_kl_alone(make, splits):
     detector.statistics = dict(
         usual=torch.full((10, 10), 0.1), mean=torch.zeros(10), std=torch.ones(10)
     )
-    assert (
-        detector.score(splits.test.x[:20]).shape == (20,)
-        and detector.score(splits.test.x[:20]).min() >= -1e-5
-    )
+    assert detector.score(splits.test.x[:20]).shape == (20,)
+    assert detector.score(splits.test.x[:20]).min() >= -1e-5
 
 
 def test_kl_is_finite_where_probabilities_are_zero(splits):
@@ -260,11 +252,9 @@ def test_a_saved_detector_serves_its_own_model_only(other, model, splits, tmp_pa
     for name, detector in fit_detectors(model, splits.train, splits.valid).items():
         detector.save(tmp_path / name)
         again = Detector.load(tmp_path / name, model)
-        assert (
-            type(again) is type(detector)
-            and repr(again) == repr(detector)
-            and torch.equal(again.rejects(splits.test.x), detector.rejects(splits.test.x))
-        )
+        assert type(again) is type(detector)
+        assert repr(again) == repr(detector)
+        assert torch.equal(again.rejects(splits.test.x), detector.rejects(splits.test.x))
         with pytest.raises(ValueError, match='fitted on another model'):
             type(detector).load(tmp_path / name, other(model, splits.train))
 
@@ -294,30 +284,24 @@ def test_detect_scores_attacks_and_counts_what_should_count(model, splits):
         'noise': 50,
     }
     of, result = frame[frame.attack == 'FGS'], results['FGS']
-    assert (
-        of.success.tolist() == result.success.tolist()
-        and of.prediction.tolist() == result.y_adv.tolist()
-        and of.label.tolist() == result.y.tolist()
-    )
+    assert of.success.tolist() == result.success.tolist()
+    assert of.prediction.tolist() == result.y_adv.tolist()
+    assert of.label.tolist() == result.y.tolist()
     assert of.image.tolist() == list(range(100))
     for name, detector in found.items():
         judged = detected(frame, 'FGS', name, detector.threshold)
-        assert (
-            torch.allclose(
-                torch.tensor(judged.adversarial),
-                detector.score(result.x_adv[result.success]).double(),
-                atol=1e-3,
-            )
-            and len(judged.clean) == 300
+        assert torch.allclose(
+            torch.tensor(judged.adversarial),
+            detector.score(result.x_adv[result.success]).double(),
+            atol=1e-3,
         )
+        assert len(judged.clean) == 300
         assert judged.rate == pytest.approx(
             detector.rejects(result.x_adv[result.success]).double().mean().item()
         )
         passed = evaded(frame, 'FGS', name, detector.threshold)
-        assert (
-            len(passed) == result.attacked.sum()
-            and passed.sum() == (result.success & ~detector.rejects(result.x_adv)).sum()
-        )
+        assert len(passed) == result.attacked.sum()
+        assert passed.sum() == (result.success & ~detector.rejects(result.x_adv)).sum()
 
 
 def test_the_clean_versions_of_other_images_are_not_guessed(model, splits):
@@ -334,11 +318,9 @@ def test_detect_is_repeatable_and_leaves_random_numbers_alone(noisy, splits):
         detect(noisy, {}, splits, n_train=600, n_valid=100, n_clean=50, seed=seed)
         for seed in (0, 0, 1)
     )
-    assert (
-        one.equals(same)
-        and not one.equals(another)
-        and torch.equal(torch.random.get_rng_state(), state)
-    )
+    assert one.equals(same)
+    assert not one.equals(another)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_saved_attack_can_be_judged(model, splits, tmp_path):
@@ -353,14 +335,11 @@ def test_a_saved_attack_can_be_judged(model, splits, tmp_path):
 
 def test_intervals_of_all_and_nothing_are_not_points():
     perfect = roc(range(100), range(200, 230), threshold=95)
-    assert (
-        perfect.rate == perfect.area == 1
-        and 0.8 < perfect.rate_interval[0] < 1
-        and perfect.false_positives == 0.04
-    )
-    assert math.isnan(roc([1.0, 2.0], [3.0]).area_interval[0]) and '1 adversarial example' in repr(
-        roc([1.0, 2.0], [3.0])
-    )
+    assert perfect.rate == perfect.area == 1
+    assert 0.8 < perfect.rate_interval[0] < 1
+    assert perfect.false_positives == 0.04
+    assert math.isnan(roc([1.0, 2.0], [3.0]).area_interval[0])
+    assert '1 adversarial example' in repr(roc([1.0, 2.0], [3.0]))
     assert roc(range(100), range(100, 130)).to_frame()[['fpr', 'tpr']].iloc[
         [0, -1]
     ].values.tolist() == [[0, 0], [1, 1]]
@@ -420,22 +399,19 @@ def test_infinite_scores_count():
                 pair[far] = roc(*scores)
             near, far = pair.values()
             grid = np.linspace(0, 1, 11)
-            assert repr(near) == repr(far) and (
+            assert repr(near) == repr(far)
+            assert (
                 near.area,
                 near.rate,
                 near.rate_interval,
                 near.area_interval,
             ) == (far.area, far.rate, far.rate_interval, far.area_interval)
-            assert (
-                np.array_equal(near.band(grid), far.band(grid))
-                and np.isfinite(far.band(grid)).all()
-            )
+            assert np.array_equal(near.band(grid), far.band(grid))
+            assert np.isfinite(far.band(grid)).all()
             assert near.to_frame()[['fpr', 'tpr']].equals(far.to_frame()[['fpr', 'tpr']])
             assert far.to_frame()[['fpr', 'tpr']].iloc[[0, -1]].values.tolist() == [[0, 0], [1, 1]]
-    assert (
-        roc([-math.inf] * 3, [math.inf]).area == 1
-        and roc([math.inf] * 3, [math.inf] * 2).area == 0.5
-    )
+    assert roc([-math.inf] * 3, [math.inf]).area == 1
+    assert roc([math.inf] * 3, [math.inf] * 2).area == 0.5
     with pytest.raises(ValueError, match='NaN'):
         roc([0.0, math.inf], [math.nan])
 

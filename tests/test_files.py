@@ -90,9 +90,8 @@ def test_tensors_of_every_kind_come_back(tmp_path):
     )
     save_tensors(tmp_path / 'a', kinds, digest='of something else', metadata=[1], path_='p')
     again, metadata = load_tensors(tmp_path / 'a')
-    assert list(again) == sorted(kinds) and metadata == dict(
-        digest='of something else', metadata=[1], path_='p'
-    )
+    assert list(again) == sorted(kinds)
+    assert metadata == dict(digest='of something else', metadata=[1], path_='p')
     for name, value in kinds.items():
         assert again[name].dtype == value.dtype and again[name].shape == value.shape
         assert torch.equal(
@@ -127,10 +126,8 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
     "Whatever the order it was given in; a hash table of the library orders several metadata at random"
     for n in range(20):
         order = (lambda items: dict(reversed(items))) if n % 2 else dict
-        tensors, metadata = (
-            order([('a', torch.ones(2)), ('b', torch.zeros(3))]),
-            order([('x', 1), ('y', order([('z', [2]), ('a', 0)]))]),
-        )
+        tensors = order([('a', torch.ones(2)), ('b', torch.zeros(3))])
+        metadata = order([('x', 1), ('y', order([('z', [2]), ('a', 0)]))])
         save_tensors(tmp_path / f'{n}', tensors, **metadata)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
@@ -410,11 +407,9 @@ def test_an_error_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
         patched.setattr(files.os, 'fsync', full)
         with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a'") as raised:
             write_whole(tmp_path / 'a', 'new')
-    assert (
-        raised.value.errno == errno.ENOSPC
-        and (tmp_path / 'a').read_text() == 'old'
-        and names(tmp_path) == ['a']
-    )
+    assert raised.value.errno == errno.ENOSPC
+    assert (tmp_path / 'a').read_text() == 'old'
+    assert names(tmp_path) == ['a']
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         write_whole(tmp_path, '')
     with pytest.raises(OSError, match=f'{tmp_path}/a/b'):

@@ -213,9 +213,8 @@ def test_a_radius_for_each_pixel(attack):
     eps = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(3)) / 3
     eps[:, 0] = 0
     result = small(attack, NET, x, eps=eps, **own)
-    assert (result.perturbation.abs() <= eps).all() and torch.equal(
-        result.x_adv[..., 0, :], x[..., 0, :]
-    )
+    assert (result.perturbation.abs() <= eps).all()
+    assert torch.equal(result.x_adv[..., 0, :], x[..., 0, :])
     assert (result.perturbation.abs() > eps / 3)[..., 1:, :].any()
     same(
         small(attack, NET, x, eps=torch.full((1, 8, 8), 0.1), **own),
@@ -509,9 +508,8 @@ def test_attacks_and_models_are_listed():
         'square',
         'hop_skip_jump',
     }
-    assert 'carlini_wagner' in list_attacks(p=2) and 'carlini_wagner' not in list_attacks(
-        p=torch.inf
-    )
+    assert 'carlini_wagner' in list_attacks(p=2)
+    assert 'carlini_wagner' not in list_attacks(p=torch.inf)
     assert 'square' in list_attacks(p=2) and 'random_noise' not in list_attacks(p=2)
     assert list(list_models()) == pretrained_names()
 

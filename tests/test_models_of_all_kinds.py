@@ -435,11 +435,9 @@ def test_bounds_of_normalised_images_may_be_off_by_rounding(mean, std, dtype):
     for attack in (fgsm, square, deepfool):
         result = small(attack, net, x, bounds=bounds)
         low, high = (torch.tensor(bound).to(dtype) for bound in bounds)
-        assert (
-            result.x.min() >= low
-            and result.x_adv.max() <= high
-            and torch.allclose(result.x, x, rtol=1e-2)
-        )
+        assert result.x.min() >= low
+        assert result.x_adv.max() <= high
+        assert torch.allclose(result.x, x, rtol=1e-2)
 
 
 def test_bounds_that_are_wrong_are_told_with_both_numbers():
@@ -543,9 +541,8 @@ def test_training_mode_keeps_the_statistics_of_batch_norm(attack):
     ).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     small(attack, model, images(8), allow_training=True)
-    assert norm.training and all(
-        torch.equal(value, before[name]) for name, value in model.state_dict().items()
-    )
+    assert norm.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_one_vs_all_works_on_models_of_all_kinds():

@@ -556,10 +556,8 @@ def test_workflows_are_valid_and_call_what_a_person_calls():
     publish = yaml.safe_load((ROOT / '.github/workflows/publish.yml').read_text())
     assert publish[True] == {'push': {'tags': ['v*']}}  # `on` is a truth value in YAML 1.1
     python = jobs['test']['strategy']['matrix']['python']
-    assert (
-        python[0] == SETTINGS['min_python']
-        and f'Python {python[0]} to {python[-1]}' in (ROOT / 'README.md').read_text()
-    )
+    assert python[0] == SETTINGS['min_python']
+    assert f'Python {python[0]} to {python[-1]}' in (ROOT / 'README.md').read_text()
 
 
 def test_every_command_that_is_shown_is_one():
@@ -619,17 +617,14 @@ def test_what_contributing_says_can_be_done(tmp_path):
     result = found['blur'](
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)).eval(), x, share=1
     )
-    assert (
-        torch.allclose(result.x_adv, x.mean((2, 3), keepdim=True).expand_as(x))
-        and result.settings['share'] == 1
-    )
+    assert torch.allclose(result.x_adv, x.mean((2, 3), keepdim=True).expand_as(x))
+    assert result.settings['share'] == 1
     x, found = torch.rand(5, 1, 28, 28), dict(vars(genrobust.models))
     exec(model, found)
     clf = found['Linear'](n_classes=3, dropout=0.1, seed=1)
     again = found['Linear'](**{k: v for k, v in clf.config.items() if k != 'name'}, seed=1)
-    assert (
-        torch.equal(clf.eval()(x), again.eval()(x)) and clf.loss(x, torch.arange(5) % 3).ndim == 0
-    )
+    assert torch.equal(clf.eval()(x), again.eval()(x))
+    assert clf.loss(x, torch.arange(5) % 3).ndim == 0
     for link in re.findall(r'\]\(([^)]+)\)', text):
         assert (ROOT / link).exists(), link
     for name in ('tests/notebooks.py', 'CITATION.cff', 'genrobust/pretrained/'):

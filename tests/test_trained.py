@@ -116,11 +116,9 @@ def test_the_published_table_is_measured_again(label, attack, n, name, fashion):
 
 def test_a_published_threshold_is_measured_again(fashion):
     "Of a network that draws no random numbers"
-    preset, rows = (
-        PRESETS['standard'],
-        pd.read_csv(ROOT / 'results/standard/detectors.csv').query(
-            "model=='cnn' and detector=='kl'"
-        ),
+    preset = PRESETS['standard']
+    rows = pd.read_csv(ROOT / 'results/standard/detectors.csv').query(
+        "model=='cnn' and detector=='kl'"
     )
     train, valid = (
         Images(*[v[:n] for v in part])
