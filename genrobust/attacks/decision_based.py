@@ -12,15 +12,9 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from genrobust.attacks.engine import (
-    BestNorm,
-    attack,
-    check_counts,
-    check_positive,
-    check_range,
-    within_bounds,
-)
+from .engine import BestNorm, attack
 from .gradient import unit
+from .inputs import check_counts, check_positive, check_range, within_bounds
 from .random_numbers import normal, uniform
 from .result import norm, per_image, require
 from .score_based import random_directions
@@ -153,12 +147,9 @@ def _stretch(labels, i, overshoot):
 def _check_start(start, x, bounds):
     shape = getattr(x, 'shape', None)
     is_like = isinstance(start, Tensor) and start.is_floating_point() and start.shape == shape
-    found = getattr(start, 'dtype', ''), list(getattr(start, 'shape', []))
-    require(
-        is_like,
-        f'start must be a float tensor like x, {list(shape or [])}, '
-        f'found {type(start).__name__} {found[0]} {found[1]}',
-    )
+    found = f'{getattr(start, "dtype", "")} {list(getattr(start, "shape", []))}'
+    text = f'start must be a float tensor like x, {list(shape or [])}'
+    require(is_like, f'{text}, found {type(start).__name__} {found}')
     return within_bounds(start, bounds, 'start')
 
 # %% ../../nbs/09_decision_based.ipynb #09-055c
@@ -196,9 +187,8 @@ def hop_skip_jump(
         labels.expect(1 + init_queries + _halvings(tolerance), state.all)
         _find(labels, start, min(init_queries, max_queries // 2))
         i = labels.norm.isfinite().nonzero().squeeze(1)
-        _approach(
-            labels, _to_boundary(labels, labels.x[i], i, tolerance), i, samples, gamma, tolerance
-        )
+        x = _to_boundary(labels, labels.x[i], i, tolerance)
+        _approach(labels, x, i, samples, gamma, tolerance)
         return _stretch(labels, i, overshoot)
 
     return solve

@@ -11,15 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from genrobust.attacks.engine import (
-    AttackState,
-    BestNorm,
-    attack,
-    check_counts,
-    check_positive,
-    check_range,
-)
+from .engine import AttackState, BestNorm, attack
 from .gradient import unit
+from .inputs import check_counts, check_positive, check_range
 from .pairs import PairMargin
 from .penalty import Adam
 from .result import norm, per_image, require

@@ -12,14 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from genrobust.attacks.engine import (
-    AttackState,
-    BestNorm,
-    attack,
-    check_counts,
-    check_positive,
-    check_range,
-)
+from .engine import AttackState, BestNorm, attack
+from .inputs import check_counts, check_positive, check_range
 from .pairs import PairMargin
 from .result import per_image, rounding_tolerance
 
