@@ -3,7 +3,6 @@
 import gzip
 import pwd
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -298,16 +297,3 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_the_download(tmp_path
     monkeypatch.setattr(data, 'download_url', lambda *a, **k: pytest.fail('downloaded'))
     with pytest.raises(DataUnavailable, match='cannot write to the folder'):
         load('fashion_mnist', tmp_path / 'file')
-
-
-# Imports
-
-
-def test_what_is_heavy_is_imported_where_it_is_used():
-    code = """
-import sys
-import genrobust.files, genrobust.data, genrobust.models, genrobust.training
-print(*sorted(sys.modules.keys() & {'torchvision', 'seaborn', 'matplotlib', 'sklearn', 'scipy', 'pandas', 'IPython', 'fastprogress'}))
-"""
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert run.stdout == '\n'

@@ -38,10 +38,6 @@ from genrobust.models import (
 )
 
 
-def first(part, n):
-    return Images(*[v[:n] for v in part])
-
-
 class Prototypes(Classifier):
     "A Gaussian around the mean image of each class, stochastic where `noise` is not 0"
 
@@ -62,7 +58,7 @@ class Prototypes(Classifier):
 
 @pytest.fixture(scope='module')
 def splits(drawn):
-    return Splits(*[first(part, n) for part, n in zip(drawn, (600, 500, 500))])
+    return Splits(*[part.first(n) for part, n in zip(drawn, (600, 500, 500))])
 
 
 @pytest.fixture(scope='module')
@@ -84,11 +80,11 @@ def test_one_in_twenty_clean_images_is_rejected(name, fashion):
     clf.n_samples = 2
     found = fit_detectors(
         clf,
-        first(fashion.train, 400),
-        first(fashion.valid, 1200),
+        fashion.train.first(400),
+        fashion.valid.first(1200),
         fpr=0.05,
     )
-    frame = score_images(found, *first(fashion.test, 1200))
+    frame = score_images(found, *fashion.test.first(1200))
     assert list(found) == list(DETECTORS)
     for kind, detector in found.items():
         assert abs((frame[kind] > detector.threshold).mean() - 0.05) <= 0.02, kind
@@ -226,9 +222,9 @@ def test_bad_input_is_one_clear_error(model, splits, tmp_path):
         (lambda: fresh.save(tmp_path / 'x'), 'call fit first'),
         (lambda: fresh.fit(scarce(0)), r'classes \[3\]'),
         (lambda: fresh.fit(images).rejects(images.x), 'call calibrate first'),
-        (lambda: fresh.calibrate(first(splits.valid, 19)), 'at least 20 clean images, found 19'),
-        (lambda: fresh.calibrate(first(splits.valid, 99), fpr=0.01), 'at least 100'),
-        (lambda: fit_detectors(model, images, first(splits.valid, 19)), 'at least 20'),
+        (lambda: fresh.calibrate(splits.valid.first(19)), 'at least 20 clean images, found 19'),
+        (lambda: fresh.calibrate(splits.valid.first(99), fpr=0.01), 'at least 100'),
+        (lambda: fit_detectors(model, images, splits.valid.first(19)), 'at least 20'),
         (lambda: detect(model, {}, splits, n_valid=10), 'at least 20'),
         (lambda: fresh.score(images.x * math.nan), 'NaN'),
         (lambda: fresh.fit(Images(images.x * math.nan, images.y)), 'NaN'),
@@ -246,7 +242,7 @@ def test_bad_input_is_one_clear_error(model, splits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'other', [lambda m, images: Prototypes(first(images, 500)), lambda m, images: CNN()]
+    'other', [lambda m, images: Prototypes(images.first(500)), lambda m, images: CNN()]
 )
 def test_a_saved_detector_serves_its_own_model_only(other, model, splits, tmp_path):
     for name, detector in fit_detectors(model, splits.train, splits.valid).items():
@@ -274,8 +270,8 @@ def test_noise_and_samples_belong_to_the_model_of_a_detector(tmp_path):
 
 def test_detect_scores_attacks_and_counts_what_should_count(model, splits):
     results = {
-        'FGS': fgsm(model, *first(splits.test, 100), eps=0.05),
-        'noise': random_noise(model, *first(splits.test, 50), eps=0.02),
+        'FGS': fgsm(model, *splits.test.first(100), eps=0.05),
+        'noise': random_noise(model, *splits.test.first(50), eps=0.02),
     }
     found, frame = detect(model, results, splits, n_train=600, n_valid=500, n_clean=300)
     assert frame.groupby('attack', sort=False).size().to_dict() == {
@@ -324,7 +320,7 @@ def test_detect_is_repeatable_and_leaves_random_numbers_alone(noisy, splits):
 
 
 def test_a_saved_attack_can_be_judged(model, splits, tmp_path):
-    result = fgsm(model, *first(splits.test, 40), eps=0.05)
+    result = fgsm(model, *splits.test.first(40), eps=0.05)
     result.save(tmp_path / 'fgsm.safetensors')
     frames = [
         detect(model, {'fgsm': r}, splits, n_train=600, n_valid=100, n_clean=40)[1]

@@ -422,14 +422,8 @@ def test_quantized_with_other_bounds_and_a_mask(attack):
     x, net = on_levels(), make_net(30.0)
     own = dict(eps=30) if attack in IN_A_BALL else {}
     own |= {zoo: dict(h=2.0), spsa: dict(h=2.0, lr=2.0)}.get(attack, {})
-    result = enough(
-        attack,
-        lambda x: net(x / 255),
-        255 * x,
-        bounds=(0, 255),
-        quantized=True,
-        **own,
-    )
+    own |= dict(bounds=(0, 255), quantized=True)
+    result = enough(attack, lambda x: net(x / 255), 255 * x, **own)
     assert torch.equal(result.x_adv, result.x_adv.round()) and result.success.any()
     result = enough(attack, net, x, mask=half(), quantized=True)
     still = ~half().expand_as(x)
@@ -498,13 +492,8 @@ def test_attacks_and_models_are_listed():
     in_a_ball = 'random_noise fgsm pgd mim apgd spsa square'.split()
     assert sorted(list_attacks(minimum_norm=False)) == sorted(in_a_ball)
     assert set(list_attacks(minimum_norm=True)) == set(names) - set(in_a_ball)
-    assert set(list_attacks(black_box=True)) == {
-        'random_noise',
-        'zoo',
-        'spsa',
-        'square',
-        'hop_skip_jump',
-    }
+    black_box = 'random_noise zoo spsa square hop_skip_jump'.split()
+    assert sorted(list_attacks(black_box=True)) == sorted(black_box)
     assert 'carlini_wagner' in list_attacks(p=2)
     assert 'carlini_wagner' not in list_attacks(p=torch.inf)
     assert 'square' in list_attacks(p=2) and 'random_noise' not in list_attacks(p=2)

@@ -11,9 +11,9 @@ import threading
 from importlib.resources import files
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
+from notebooks import cells
 
 from genrobust import cli
 from genrobust.attacks import margin
@@ -192,7 +192,7 @@ def test_the_command_makes_such_files(fashion, tmp_path, capsys):
 
 def blocks():
     "The raw HTML of the page, in order, and its headings"
-    for cell in nbformat.read(NBS / 'try_it.ipynb', as_version=4).cells:
+    for cell in cells(NBS / 'try_it.ipynb'):
         if cell.cell_type == 'markdown':
             pattern = r'^(#+) (.*)$|```\{=html\}\n(.*?)\n```'
             for level, heading, raw in re.findall(pattern, cell.source, re.M | re.S):
