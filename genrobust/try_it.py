@@ -281,8 +281,8 @@ def _of_model(name, clf, data, settings):
     images, labels = path.flatten(0, 2), y.repeat_interleave(n)
     found, logits, by_draw = _views(clf, images, labels, settings)
     with seeded(derive_seed(settings.seed, name), device_of(clf, x)):
-        n = settings.n_detector
-        detectors = fit_detectors(clf, splits.train.first(n), splits.valid.first(n))
+        parts = (part.first(settings.n_detector) for part in (splits.train, splits.valid))
+        detectors = fit_detectors(clf, *parts)
     found['detectors'] = _judged(detectors, logits, by_draw)
     delta = images - x.repeat_interleave(n, 0)
     found['l2'] = _ints(delta.flatten(1).norm(dim=1), 1e-3)

@@ -95,9 +95,8 @@ def as_eps(
     "Radii, one for all images or not; a `ValueError` for one that is negative or not finite."
     rows = as_rows(eps, x, 'eps')
     if isinstance(rows, Tensor):
-        _require_of_each(
-            (rows >= 0) & rows.isfinite(), 'eps must be finite and at least 0; it is not'
-        )
+        is_right = (rows >= 0) & rows.isfinite()
+        _require_of_each(is_right, 'eps must be finite and at least 0; it is not')
     return rows
 
 # %% ../../nbs/33_inputs.ipynb #33-021
