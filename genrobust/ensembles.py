@@ -62,6 +62,9 @@ def _minimum_norm(p, size):
     attacks[f'{name}, 500 steps'] = partial(walk, steps=500)
     if p == 2:
         attacks['ALMA, 500 steps'] = partial(alma, steps=500)
+    if p == 2 and size == 'thorough':
+        elsewhere = partial(alma, random_start=True)
+        attacks |= {f'ALMA, restart {n}': _restart(elsewhere, n) for n in range(1, 6)}
     return attacks
 
 # %% ../nbs/17_worst_case.ipynb #17-020s2

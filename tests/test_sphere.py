@@ -62,6 +62,7 @@ def size_of(result, p):
 
 RUNS = dict(
     alma=(alma, 2, {}),
+    alma_from_elsewhere=(alma, 2, dict(random_start=True)),
     ddn=(ddn, 2, {}),
     fmn1=(fmn, 1, dict(p=1)),
     fmn2=(fmn, 2, {}),
@@ -179,6 +180,15 @@ def test_projections_are_the_nearest_points(p):
 
 
 # --- ALMA
+
+
+def test_random_starts_differ_and_belong_to_their_image():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(81, 2).eval(), torch.rand(16, 81) * 0.2 + 0.4
+    first, second = (alma(linear, x, random_start=True, seed=seed) for seed in (0, 1))
+    assert not torch.equal(first.x_adv, second.x_adv)
+    one = alma(linear, x[3:4], random_start=True, numbers=torch.tensor([3]))
+    assert torch.allclose(one.x_adv[0], first.x_adv[3], atol=1e-5)
 
 
 @pytest.mark.parametrize('scale', [1e-4, 1e4])

@@ -45,7 +45,7 @@ SHORT = dict(
     hop_skip_jump=[dict(max_queries=90, init_queries=9, samples=9, p=p) for p in (2, torch.inf)],
     ddn=[dict(steps=5), dict(steps=3, random_start=True)],
     fmn=WALKS,
-    alma=[dict(steps=5)],
+    alma=[dict(steps=5), dict(steps=3, random_start=True)],
     fab=[dict(steps=3, restarts=2), dict(steps=3, n_targets=2, p=torch.inf)],
     superdeepfool=[dict(steps=4, deepfool_steps=4)],
 )
