@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .attacks.engine import as_labels, check_counts, check_labels
+from .attacks.inputs import as_labels, check_counts, check_labels
 from .attacks.result import AttackResult, require
 from .compat import renamed
 from .detection import REJECTED, Detector

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 # %% ../nbs/26_speed.ipynb #26-005b
 from .attacks.autodiff import jacobian
 from .attacks.boundary import deepfool
-from .attacks.engine import check_counts, check_range
 from .attacks.gradient import apgd, fgsm, pgd
+from .attacks.inputs import check_counts, check_range
 from .attacks.penalty import carlini_wagner
 from .attacks.result import require
 from .attacks.zeroth_order import zoo

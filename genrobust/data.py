@@ -38,6 +38,10 @@ class Images(NamedTuple):
     x: Tensor  # float32 `[N,1,28,28]`
     y: Tensor  # int64 `[N]`, 0 to 9
 
+    def first(self, n: int) -> 'Images':
+        "The first `n`, or all where there are fewer."
+        return Images(self.x[:n], self.y[:n])
+
 
 class Splits(NamedTuple):
     "50,000 images for training, 10,000 for validation, 10,000 for testing"

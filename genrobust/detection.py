@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks.engine import check_counts, check_finite, check_model
+from .attacks.inputs import check_counts, check_finite, check_model
 from .attacks.result import require
 from .compat import renamed
 from .data import Images, Splits
@@ -533,8 +533,8 @@ def detect(
     import pandas as pd
 
     check_detect(fpr, n_train, n_valid, n_clean, seed)
-    sizes = zip(splits, (n_train, n_valid, n_clean))
-    train, valid, clean = (Images(*[v[:n] for v in part]) for part, n in sizes)
+    sizes = n_train, n_valid, n_clean
+    train, valid, clean = (part.first(n) for part, n in zip(splits, sizes))
     with seeded(seed, device_of(model, clean.x)):
         found = fit_detectors(model, train, valid, fpr)
         frames = [

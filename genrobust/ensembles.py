@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attacks.boundary import deepfool
 from .attacks.core import of_images, one_vs_all
-from .attacks.engine import Algorithm, run_attack
+from .attacks.engine import SHARED, run_attack
 from .attacks.gradient import apgd
 from .attacks.inputs import as_eps, check_inputs, check_range
 from .attacks.lagrangian import alma
@@ -217,7 +217,6 @@ def _check_shared(shared):
     why = dict(target='it counts any other class', trace='it runs several attacks')
     for name in why.keys() & shared.keys():
         raise ValueError(f'worst_case: leave {name} out, {why[name]}')
-    known = signature(run_attack).parameters.keys() - {'settings', *Algorithm._fields}
-    for name in shared.keys() - known:
+    for name in shared.keys() - SHARED.keys():
         text = f'worst_case() got an unexpected keyword argument {name!r}'
         raise TypeError(f'{text}; parameters of one attack are set by partial, in attacks=')

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 # %% ../nbs/18_referee.ipynb #18-005b
 from . import __version__
-from .attacks.engine import check_counts, check_range
+from .attacks.inputs import check_counts, check_range
 from .attacks.result import AttackResult, norm, require
 from .bench import PassCounter, machine
 from .data import N_VALID, load_or_synthetic
@@ -192,9 +192,8 @@ def _autoattack(name):
 
         def within(i, eps):
             kind = dict(norm='L2' if p == 2 else 'Linf', eps=eps, version='custom', seed=0)
-            attack = package.AutoAttack(
-                model, attacks=[name], device=x.device, **kind
-            ).apgd_targeted
+            whole = package.AutoAttack(model, attacks=[name], device=x.device, **kind)
+            attack = whole.apgd_targeted
             attack.n_target_classes, attack.n_iter = 3, max(5, passes // (6 * _ROUNDS))
             points = attack.perturb(x[i], y[i])
             return points, predict(model, points).argmax(1) != y[i]
@@ -204,26 +203,15 @@ def _autoattack(name):
     return run
 
 # %% ../nbs/18_referee.ipynb #18-038
-def _steps(p, passes):
-    "One forward and one backward pass a step"
-    return dict(steps=max(1, passes // 2))
+def _steps(name='steps', with_norm=False, **fixed):
+    """Parameters of one forward and one backward pass a step; how a library calls the steps,
+    whether it asks for the norm, and what else it is given"""
 
+    def settings(p, passes):
+        norm_of = dict(norm=p) if with_norm else {}
+        return norm_of | {name: max(1, passes // 2)} | fixed
 
-def _norm_and_steps(p, passes):
-    return dict(norm=p, steps=max(1, passes // 2))
-
-
-def _norm_and_num_steps(p, passes):
-    return dict(norm=p, num_steps=max(1, passes // 2))
-
-
-def _num_steps(p, passes):
-    return dict(num_steps=max(1, passes // 2))
-
-
-def _steps_unrounded(p, passes):
-    "DDN of adversarial-library rounds to 256 levels unless it is told not to"
-    return dict(steps=max(1, passes // 2), levels=None)
+    return settings
 
 
 def _fab_adv_lib(targets):
@@ -275,18 +263,19 @@ _OURS = {
 
 # %% ../nbs/18_referee.ipynb #18-040b
 _OTHERS = {
-    'adv_lib.ddn': Contestant(_adv_lib('ddn', _steps_unrounded), _L2),
-    'adv_lib.fmn': Contestant(_adv_lib('fmn', _norm_and_steps)),
-    'adv_lib.pdgd': Contestant(_adv_lib('pdgd', _num_steps), _L2),
-    'adv_lib.pdpgd': Contestant(_adv_lib('pdpgd', _norm_and_num_steps)),
-    'adv_lib.alma': Contestant(_adv_lib('alma', _num_steps), _L2),
+    # without levels, or DDN rounds to 256
+    'adv_lib.ddn': Contestant(_adv_lib('ddn', _steps(levels=None)), _L2),
+    'adv_lib.fmn': Contestant(_adv_lib('fmn', _steps(with_norm=True))),
+    'adv_lib.pdgd': Contestant(_adv_lib('pdgd', _steps('num_steps')), _L2),
+    'adv_lib.pdpgd': Contestant(_adv_lib('pdpgd', _steps('num_steps', with_norm=True))),
+    'adv_lib.alma': Contestant(_adv_lib('alma', _steps('num_steps')), _L2),
     'adv_lib.sdf': Contestant(_adv_lib('sdf', _superdeepfool_adv_lib), _L2),
     'adv_lib.fab': Contestant(_adv_lib('fab', _fab_adv_lib(None))),
     'adv_lib.fab_t': Contestant(_adv_lib('fab', _fab_adv_lib(3))),
     'adv_lib.apgd': Contestant(_adv_lib('minimal_apgd', _apgd_adv_lib(None))),
     'adv_lib.apgd_t': Contestant(_adv_lib('minimal_apgd', _apgd_adv_lib(3))),
-    'foolbox.ddn': Contestant(_foolbox('DDNAttack', _steps), _L2),
-    'foolbox.fmn': Contestant(_foolbox('{}FMNAttack', _steps)),
+    'foolbox.ddn': Contestant(_foolbox('DDNAttack', _steps()), _L2),
+    'foolbox.fmn': Contestant(_foolbox('{}FMNAttack', _steps())),
     'pyautoattack.apgd_t': Contestant(_autoattack('apgd-t')),
 }
 CONTESTANTS = _OURS | _OTHERS  # by library and name

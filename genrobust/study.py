@@ -39,14 +39,7 @@ from genrobust.attacks import (
 from .data import Images, Splits, digits, load, load_or_synthetic
 from .detection import detectors_from_logits, scores_from_logits
 from .files import claimed, digest, load_tensors, save_tensors, writable, write_whole
-from genrobust.models import (
-    as_list,
-    build,
-    load_models,
-    load_pretrained,
-    pick_device,
-    predict,
-)
+from .models import as_list, build, load_models, load_pretrained, pick_device, predict
 from .numerics import device_of, seeded
 from .training import fit, processes
 
@@ -361,10 +354,7 @@ def _write(study, say):
 def _train_briefly(name, splits, device, progress):
     "A model of the kind of a pretrained one, trained for a minute"
     clf = build(**load_pretrained(name, 'cpu').config)
-    train, valid = (
-        Images(*[v[:8000] for v in splits.train]),
-        Images(*[v[:200] for v in splits.valid]),
-    )
+    train, valid = splits.train.first(8000), splits.valid.first(200)
     warmup = int(clf.name == 'DBX')
     fit(clf, train, valid, epochs=5, warmup=warmup, device=device, progress=progress)
     return clf.requires_grad_(False)

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks.engine import check_counts
 from .attacks.gradient import apgd
+from .attacks.inputs import check_counts
 from .attacks.result import margin, require
 from .attacks.sphere import ddn
 from .data import Images, class_names, load
@@ -281,11 +281,8 @@ def _of_model(name, clf, data, settings):
     images, labels = path.flatten(0, 2), y.repeat_interleave(n)
     found, logits, by_draw = _views(clf, images, labels, settings)
     with seeded(derive_seed(settings.seed, name), device_of(clf, x)):
-        learnt, chosen = (
-            Images(*[v[: settings.n_detector] for v in part])
-            for part in (splits.train, splits.valid)
-        )
-        detectors = fit_detectors(clf, learnt, chosen)
+        parts = (part.first(settings.n_detector) for part in (splits.train, splits.valid))
+        detectors = fit_detectors(clf, *parts)
     found['detectors'] = _judged(detectors, logits, by_draw)
     delta = images - x.repeat_interleave(n, 0)
     found['l2'] = _ints(delta.flatten(1).norm(dim=1), 1e-3)

@@ -18,7 +18,12 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ConfigParser(delimiters=['='])
 SETTINGS.read(ROOT / 'settings.ini')
-SITE = '{doc_host}{doc_baseurl}'.format(**SETTINGS['DEFAULT'])
+SETTINGS = SETTINGS['DEFAULT']
+SITE = '{doc_host}{doc_baseurl}'.format(**SETTINGS)
+
+
+def cells(path):
+    return nbformat.read(path, as_version=4).cells
 
 
 def directives(cell):

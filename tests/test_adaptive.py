@@ -36,10 +36,10 @@ def detectors(model, splits):
 def ready(clf):
     "A detector that accepts everything"
     detector = KLDetector(clf)
-    detector.statistics, detector.threshold = (
-        dict(usual=torch.full((10, 10), 0.1), mean=torch.zeros(10), std=torch.ones(10)),
-        1e6,
+    detector.statistics = dict(
+        usual=torch.full((10, 10), 0.1), mean=torch.zeros(10), std=torch.ones(10)
     )
+    detector.threshold = 1e6
     return detector
 
 
@@ -139,20 +139,16 @@ def test_the_gradient_leads_back_to_what_is_violated_alone(model, detectors, spl
     "To the score where the margin is positive, to the margin where the slack is, to both where neither is"
     detector, images = detectors['logit'], splits.test.x[:300]
     logits = model(images)
-    view, slack, lead = (
-        DetectorAugmented(model, detector),
-        detector.slack(logits),
-        logits - logits.amax(1, keepdim=True),
-    )
+    view = DetectorAugmented(model, detector)
+    slack = detector.slack(logits)
+    lead = logits - logits.amax(1, keepdim=True)
     for leads, passes in ((True, False), (False, True), (False, False)):
         where = ((lead == 0) == leads) & ((slack > 0) == passes)
         assert len(where.nonzero()) >= 3
         for n, c in where.nonzero()[:3].tolist():
             x = images[n : n + 1]
-            to_pass, to_lead = (
-                gradient(model, x, c),
-                gradient(model, x, c) - gradient(model, x, logits[n].argmax().item()),
-            )
+            to_pass = gradient(model, x, c)
+            to_lead = gradient(model, x, c) - gradient(model, x, logits[n].argmax().item())
             assert torch.allclose(
                 gradient(view, x, c), to_pass * (not passes) + to_lead * (not leads), atol=1e-4
             )
@@ -204,10 +200,8 @@ def test_successes_are_accepted_as_their_target(kind, attack, model, detectors, 
 
 def test_who_knows_the_detector_evades_it_more_often(model, detectors, splits):
     x, y = splits.test.x[:40], splits.test.y[:40]
-    unaware, aware = (
-        apgd(model, x, y, eps=0.5, steps=20),
-        attack_with_detector(apgd, model, detectors['logit'], x, y, eps=0.5, steps=20),
-    )
+    unaware = apgd(model, x, y, eps=0.5, steps=20)
+    aware = attack_with_detector(apgd, model, detectors['logit'], x, y, eps=0.5, steps=20)
     assert (
         evasion_rate(aware, detectors['logit'], draws=1).nanmean()
         > evasion_rate(unaware, detectors['logit'], draws=1).nanmean() + 0.2
@@ -227,10 +221,8 @@ def test_a_stochastic_model_is_attacked_on_latents_of_the_given_seed(x):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    first, second = (
-        evasion_rate(result, detector, 5, seed=1),
-        evasion_rate(result, detector, 5, seed=1),
-    )
+    first = evasion_rate(result, detector, 5, seed=1)
+    second = evasion_rate(result, detector, 5, seed=1)
     assert not result.initially_wrong.any()
     assert torch.equal(first, second) and torch.equal(torch.rand(3), expected)
 
@@ -253,12 +245,10 @@ def test_every_draw_is_a_new_one_and_none_is_the_attacks(splits):
 
     clf = Recorded('GFZ', latent=4, hidden=16, n_samples=2).eval().requires_grad_(False)
     evasion_rate(random_noise(clf.fixed(0), splits.test.x[:3], eps=0.1), ready(clf), draws=2)
-    assert (
-        len(clf.seen) == 2
-        and not torch.isin(
-            clf.seen[0], torch.cat([clf.fixed(0).noise.flatten(), clf.seen[1].flatten()])
-        ).any()
-    )
+    assert len(clf.seen) == 2
+    assert not torch.isin(
+        clf.seen[0], torch.cat([clf.fixed(0).noise.flatten(), clf.seen[1].flatten()])
+    ).any()
 
 
 def test_bad_input_is_one_clear_error(model, detectors, splits, x):

@@ -5,11 +5,9 @@ import json
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
-from notebooks import directives
+from notebooks import ROOT, cells, directives
 
-ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ['api', 'glossary', 'how_it_is_built', 'index', 'references', 'try_it']
 CHAPTERS = [p for p in sorted((ROOT / 'nbs').glob('*.ipynb')) if p.stem not in REFERENCE]
 MODULES = [
@@ -26,10 +24,6 @@ IDIOMS = (
     r'|still copy|stands? still|held still|\blooks? (?:before|after)\b|(?:first|last) look\b|queries alone|labels alone'
     r'|Euclidean norm|maximum norm|\bcontests?\b|\bslips?\b|noise of its own|fresh noise|\bslipped\b|the guard\b'
 )
-
-
-def cells(path):
-    return nbformat.read(path, as_version=4).cells
 
 
 def source_lines(cell):

@@ -3,6 +3,7 @@
 import inspect
 import io
 import os
+import re
 import resource
 import shutil
 import signal
@@ -36,18 +37,20 @@ def start(*command, **kw):
     )
 
 
+COMMON = '--data synthetic --device cpu --no-progress'.split()
+SIZES = '--n-train 500 --n-valid 100 --n-clean 50'.split()
+
+
 @pytest.fixture
 def few(drawn):
     "The first drawn images of each part"
-    return Splits(*[Images(*[v[:200] for v in part]) for part in drawn])
+    return Splits(*[part.first(200) for part in drawn])
 
 
 def test_a_killed_run_ends_in_the_same_weights(tmp_path, few):
     def train(out):
-        options = (
-            '--images 20 --batch-size 5 --epochs 3 --no-progress --data synthetic --device cpu'
-        )
-        return Command('train', 'gfz', *options.split(), '--out', out, splits=few)
+        options = 'train gfz --images 20 --batch-size 5 --epochs 3 --out'.split()
+        return Command(*options, out, *COMMON, splits=few)
 
     straight = train(tmp_path / 'straight.safetensors')
     killed = train(tmp_path / 'killed.safetensors')
@@ -64,31 +67,15 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path, few):
         assert process.exitcode == 0, errors
     for suffix in ('checkpoint', 'safetensors'):
         a, b = (load_tensors(tmp_path / f'{name}.{suffix}') for name in ('straight', 'killed'))
-        assert (
-            a[1] == b[1]
-            and a[0].keys() == b[0].keys()
-            and all(torch.equal(a[0][k], b[0][k]) for k in a[0])
-        )
+        assert a[1] == b[1]
+        assert a[0].keys() == b[0].keys()
+        assert all(torch.equal(a[0][k], b[0][k]) for k in a[0])
 
 
 def test_two_processes_train_what_one_trains(tmp_path, few):
     """As torchrun starts them (gloo), and where two go on in one folder by themselves; what is
     there is neither trained nor written again"""
-    args = [
-        'train',
-        'cnn',
-        'cnn_at',
-        '--seed',
-        '0',
-        '1',
-        '--data',
-        'synthetic',
-        '--images',
-        '200',
-        '--epochs',
-        '1',
-        '--no-progress',
-    ]
+    args = [*'train cnn cnn_at --seed 0 1 --images 200 --epochs 1'.split(), *COMMON]
     two = two_commands(*args, '--folder', tmp_path / 'two', splits=few)
     one = Command(*args, '--folder', tmp_path / 'one', splits=few)
     for process, said in zip((*two, one), (4, 0, 4)):
@@ -187,19 +174,8 @@ def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, tra
         say=said.append,
     )
     assert 'synthetic' in said[0] and 'no network' in said[0]
-    assert sorted(p.name for p in folder.iterdir()) == [
-        'clean.csv',
-        'detectors.csv',
-        'examples.png',
-        'images.csv',
-        'seconds.csv',
-        'settings.json',
-        'stages',
-        'tables.md',
-    ]
-    titles = [
-        line for line in (folder / 'tables.md').read_text().splitlines() if line.startswith('**')
-    ]
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*study.FILES, 'stages'])
+    titles = re.findall(r'^\*\*.*', (folder / 'tables.md').read_text(), re.M)
     assert len(titles) == 5 and all('synthetic' in title for title in titles)
 
 
@@ -227,19 +203,8 @@ def test_one_training_that_fails_does_not_stop_the_others(here, drawn, monkeypat
 
 
 def test_a_study_killed_or_spread_over_processes_ends_in_the_same_numbers(tmp_path, fashion):
-    args = [
-        'reproduce',
-        '--preset',
-        'quick',
-        '--models',
-        'cnn',
-        '--attacks',
-        'FGS',
-        'Truncated-DeepFool',
-        '--device',
-        'cpu',
-    ]
-    few = Splits(*[Images(*[v[:500] for v in part]) for part in fashion])  # all that it looks at
+    args = 'reproduce --preset quick --models cnn --attacks FGS Truncated-DeepFool --device cpu'.split()
+    few = Splits(*[part.first(500) for part in fashion])  # all that it looks at
     killed = Command(*args, '--out', tmp_path / 'killed', splits=few)
     while len(list(tmp_path.glob('killed/stages/*.safetensors'))) < 5 and killed.is_alive():
         time.sleep(0.01)
@@ -309,73 +274,30 @@ def small(tmp_path, drawn, monkeypatch):
 
     def attack(name, model, *args):
         save_model(model, tmp_path / 'model.safetensors')
-        command = [
-            'attack',
-            name,
-            '--model',
-            tmp_path / 'model.safetensors',
-            '--data',
-            'synthetic',
-            '--out',
-            tmp_path / 'new' / 'a.safetensors',
-            '--device',
-            'cpu',
-            '--no-progress',
-            *args,
-        ]
-        assert cli.main([str(arg) for arg in command]) == 0
-        assert sorted(p.name for p in (tmp_path / 'new').iterdir()) == ['a.csv', 'a.safetensors']
-        return AttackResult.load(tmp_path / 'new' / 'a.safetensors'), pd.read_csv(
-            tmp_path / 'new' / 'a.csv'
-        )
+        files = '--model', tmp_path / 'model.safetensors', '--out', tmp_path / 'new/a.safetensors'
+        assert cli.main([str(arg) for arg in ('attack', name, *files, *COMMON, *args)]) == 0
+        table, result = sorted((tmp_path / 'new').iterdir())
+        assert (table.name, result.name) == ('a.csv', 'a.safetensors')
+        return AttackResult.load(result), pd.read_csv(table)
 
     return attack
 
 
 def test_an_attack_is_that_of_the_library(small, drawn, capsys):
     model = BayesClassifier('GFZ', hidden=50, n_samples=2).eval()
-    result, frame = small(
-        'pgd',
-        model,
-        '--images',
-        60,
-        '--steps',
-        3,
-        '--p',
-        'inf',
-        '--eps',
-        '.02',
-        '--no-random-start',
-        '--seed',
-        7,
-        '--draws',
-        4,
-        '--batch-size',
-        16,
-    )
-    expected = attacks.pgd(
-        cli.load_pretrained(result.settings['model'], 'cpu'),
-        drawn.test.x[:60],
-        drawn.test.y[:60],
-        steps=3,
-        eps=0.02,
-        random_start=False,
-        seed=7,
-        batch_size=16,
-    )
-    assert (
-        torch.equal(result.x_adv, expected.x_adv)
-        and expected.settings.items() <= result.settings.items()
-    )
-    assert torch.equal(
-        torch.tensor(frame.success), expected.success
-    ) and frame.image.tolist() == list(range(60))
+    options = '--images 60 --steps 3 --p inf --eps .02 --no-random-start --seed 7 --batch-size 16'
+    result, frame = small('pgd', model, *options.split(), '--draws', 4)
+    clf = cli.load_pretrained(result.settings['model'], 'cpu')
+    how = dict(steps=3, eps=0.02, random_start=False, seed=7, batch_size=16)
+    expected = attacks.pgd(clf, drawn.test.x[:60], drawn.test.y[:60], **how)
+    assert torch.equal(result.x_adv, expected.x_adv)
+    assert expected.settings.items() <= result.settings.items()
+    assert torch.equal(torch.tensor(frame.success), expected.success)
+    assert frame.image.tolist() == list(range(60))
     attacked = frame[~frame.initially_wrong]
-    assert (
-        attacked.share.isin([0, 0.25, 0.5, 0.75, 1]).all()
-        and frame[frame.initially_wrong].share.isna().all()
-        and (frame.worst | ~frame.majority).all()
-    )
+    assert attacked.share.isin([0, 0.25, 0.5, 0.75, 1]).all()
+    assert frame[frame.initially_wrong].share.isna().all()
+    assert (frame.worst | ~frame.majority).all()
     out = capsys.readouterr().out
     for text in (
         'a dry run',
@@ -399,25 +321,11 @@ def test_every_class_in_turn(small, drawn):
     assert result.settings['attack'] == 'one_vs_all(fgsm)' and result.target is None
 
 
-def test_no_image_left_is_an_error(small, drawn, tmp_path, capsys):
-    assert (
-        cli.main(
-            [
-                'attack',
-                'fgsm',
-                '--model',
-                'gfz',
-                '--images',
-                '1',
-                '--target',
-                str(drawn.test.y[0].item()),
-                '--out',
-                str(tmp_path / 'a.safetensors'),
-            ]
-        )
-        == 2
-    )
-    assert 'no image is left' in capsys.readouterr().err and not list(tmp_path.iterdir())
+def test_no_image_left_is_an_error(small, drawn, here, capsys):
+    target = drawn.test.y[0].item()
+    one = f'attack fgsm --model gfz --images 1 --target {target} --out a.safetensors'.split()
+    refused(capsys, 'no image is left', *one, *COMMON)
+    assert not list(here.iterdir())
 
 
 def test_nothing_to_attack_is_no_error(small, drawn, capsys):
@@ -443,10 +351,16 @@ def test_an_interrupted_attack_writes_nothing(tmp_path, few):
 def trained(drawn):
     "A small model that knows the drawn images"
     clf = CNN(hidden=50)
-    train, valid = (
-        Images(*[v[:n] for v in part]) for part, n in ((drawn.train, 1500), (drawn.valid, 100))
+    fit(
+        clf,
+        drawn.train.first(1500),
+        drawn.valid.first(100),
+        epochs=4,
+        lr=3e-3,
+        batch_size=50,
+        device='cpu',
+        progress=False,
     )
-    fit(clf, train, valid, epochs=4, lr=3e-3, batch_size=50, device='cpu', progress=False)
     return clf
 
 
@@ -478,49 +392,17 @@ def test_detect_knows_a_model_by_its_weights(here, drawn, trained, monkeypatch, 
     (here / 'other').mkdir()
     shutil.copy('m.safetensors', 'other/copy.safetensors')
     os.symlink('m.safetensors', 'link.safetensors')
-    common = ['--data', 'synthetic', '--device', 'cpu', '--no-progress']
-    attack = [
-        'attack',
-        'random_noise',
-        '--model',
-        'm.safetensors',
-        '--eps',
-        0.5,
-        '--images',
-        20,
-        '--out',
-        'a.safetensors',
-    ]
-    assert run(capsys, *attack, *common)[0] == 0
+    attack = 'attack random_noise --model m.safetensors --eps 0.5 --images 20 --out a.safetensors'
+    assert run(capsys, *attack.split(), *COMMON)[0] == 0
     result = AttackResult.load('a.safetensors')
-    assert result.settings['weights'] == digest(
-        cli.load_pretrained('m.safetensors', 'cpu').state_dict()
-    )
+    weights = cli.load_pretrained('m.safetensors', 'cpu').state_dict()
+    assert result.settings['weights'] == digest(weights)
 
     def command(model, result='a.safetensors'):
-        return [
-            'detect',
-            '--model',
-            model,
-            '--result',
-            result,
-            '--n-train',
-            500,
-            '--n-valid',
-            100,
-            '--n-clean',
-            50,
-            *common,
-        ]
+        return ['detect', '--model', model, '--result', result, *SIZES, *COMMON]
 
-    for same in (
-        'm.safetensors',
-        './m.safetensors',
-        here / 'm.safetensors',
-        'other/copy.safetensors',
-        'link.safetensors',
-    ):
-        assert run(capsys, *command(same))[0] == 0, same
+    for name in ('m', './m', here / 'm', 'other/copy', 'link'):
+        assert run(capsys, *command(f'{name}.safetensors'))[0] == 0, name
     del result.settings['weights']
     result.save('old.safetensors')
     assert run(capsys, *command('m.safetensors', 'old.safetensors'))[0] == 0
@@ -550,33 +432,19 @@ def test_weights_are_for_the_data_they_were_trained_on(data, here, unread, capsy
         save_model(CNN(hidden=9), f'{name}.safetensors', **info)
     random_noise(CNN(hidden=9).eval(), torch.zeros(2, 1, 28, 28), eps=1.0).save('r.safetensors')
     others = [name for name in ('mnist', 'kmnist', 'fashion_mnist') if name != data]
-    for command in (
-        ['attack', 'fgsm', '--out', 'a.safetensors'],
-        ['attack', 'zoo', '--out', 'a.safetensors'],
-    ):
+    for attack in ('fgsm', 'zoo'):
+
+        def command(model, name, attack=attack):
+            return f'attack {attack} --model {model} --data {name} --out a.safetensors'.split()
+
         for other in others:
-            refused(
-                capsys, f'not for {other}', *command, '--model', 'mine.safetensors', '--data', other
-            )
+            refused(capsys, f'not for {other}', *command('mine.safetensors', other))
         for model, name in (('mine', data), ('mine', 'synthetic'), ('unknown', data)):
             with pytest.raises(Read):
-                run(capsys, *command, '--model', f'{model}.safetensors', '--data', name)
-        refused(
-            capsys, 'no data set', *command, '--model', 'mine.safetensors', '--data', 'imagenet'
-        )
-    if data != 'fashion_mnist':
-        refused(
-            capsys,
-            f'not for {data}',
-            'attack',
-            'pgd',
-            '--model',
-            'gfz',
-            '--data',
-            data,
-            '--out',
-            'a.safetensors',
-        )
+                run(capsys, *command(f'{model}.safetensors', name))
+        refused(capsys, 'no data set', *command('mine.safetensors', 'imagenet'))
+        if data != 'fashion_mnist':
+            refused(capsys, f'not for {data}', *command('gfz', data))
 
 
 def something(kind, path):
@@ -626,16 +494,8 @@ def test_what_stands_at_out_is_not_replaced_by_something_else(
         return {path.name: path.is_file() and path.read_bytes() for path in here.iterdir()}
 
     before = standing()
-    given = [
-        *command,
-        '--data',
-        'synthetic',
-        '--device',
-        'cpu',
-        '--no-progress',
-        '--out',
-        'x.csv' if command[0] == 'detect' else 'x.safetensors',
-    ]
+    asked = 'x.csv' if command[0] == 'detect' else 'x.safetensors'
+    given = [*command, *COMMON, '--out', asked]
     refused(capsys, 'something else already', *given)
     assert standing() == before
     (here / out).unlink()
@@ -666,7 +526,7 @@ def test_out_that_cannot_be_written_is_found_out_first(command, here, unread, ca
 @pytest.mark.parametrize('out', ['z' * 243 + '.safetensors', 'new/' + 'é' * 121 + '.safetensors'])
 def test_a_name_of_255_bytes_is_written(out, here, drawn, monkeypatch, capsys):
     monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
-    common = ['--data', 'synthetic', '--device', 'cpu', '--no-progress', '--images', 20]
+    common = [*COMMON, '--images', 20]
     assert run(capsys, 'train', 'cnn', '--epochs', 1, '--out', out, *common)[0] == 0
     shutil.move(out, 'm.safetensors')
     assert run(capsys, 'attack', 'fgsm', '--model', 'm.safetensors', '--out', out, *common)[0] == 0
@@ -696,85 +556,22 @@ def test_numbers_that_make_no_sense_are_one_error_before_any_work(command, here,
     result.success[:] = True
     result.save('r.safetensors')
     options = dict(
-        train=[
-            ('--seed', HUGE),
-            ('--seed', 2**62),
-            ('--seed', -1),
-            ('--images', 0),
-            ('--images', -1),
-            ('--images', 10**9),
-            ('--images', HUGE),
-            ('--images', '1e3'),
-            ('--epochs', 0),
-            ('--epochs', HUGE),
-            ('--batch-size', 0),
-            ('--batch-size', HUGE),
-            ('--lr', 'nan'),
-            ('--lr', 'inf'),
-            ('--lr', '1e999'),
-            ('--lr', -1),
-            ('--patience', 0),
-            ('--dropout', 'nan'),
-            ('--dropout', 1),
-            ('--warmup', HUGE),
-            ('--warmup', -1),
-            ('--scarce', 10),
-            ('--scarce', '9' * 5000),
-        ],
-        attack=[
-            ('--seed', HUGE),
-            ('--seed', 2**63),
-            ('--images', 0),
-            ('--images', -1),
-            ('--images', 10**9),
-            ('--images', HUGE),
-            ('--draws', -1),
-            ('--draws', HUGE),
-            ('--batch-size', 0),
-            ('--batch-size', HUGE),
-        ],
-        detect=[
-            ('--seed', HUGE),
-            ('--seed', 2**63),
-            ('--fpr', 'nan'),
-            ('--fpr', 0),
-            ('--fpr', 1),
-            ('--fpr', 'inf'),
-            ('--fpr', 1e-320),
-            ('--n-train', 0),
-            ('--n-train', HUGE),
-            ('--n-valid', 0),
-            ('--n-valid', -5),
-            ('--n-clean', 0),
-            ('--n-clean', HUGE),
-        ],
+        train=f"""--seed={HUGE} --seed={2**62} --seed=-1 --images=0 --images=-1 --images={10**9}
+            --images={HUGE} --images=1e3 --epochs=0 --epochs={HUGE} --batch-size=0
+            --batch-size={HUGE} --lr=nan --lr=inf --lr=1e999 --lr=-1 --patience=0 --dropout=nan
+            --dropout=1 --warmup={HUGE} --warmup=-1 --scarce=10 --scarce={'9' * 5000}""",
+        attack=f"""--seed={HUGE} --seed={2**63} --images=0 --images=-1 --images={10**9}
+            --images={HUGE} --draws=-1 --draws={HUGE} --batch-size=0 --batch-size={HUGE}""",
+        detect=f"""--seed={HUGE} --seed={2**63} --fpr=nan --fpr=0 --fpr=1 --fpr=inf --fpr=1e-320
+            --n-train=0 --n-train={HUGE} --n-valid=0 --n-valid=-5 --n-clean=0 --n-clean={HUGE}""",
     )
     own = dict(
-        fgsm=[
-            ('--eps', 'nan'),
-            ('--eps', 'inf'),
-            ('--eps', -1),
-            ('--target', 10),
-            ('--target', -1),
-            ('--target', HUGE),
-        ],
-        zoo=[
-            ('--lr', 'nan'),
-            ('--max-queries', 0),
-            ('--max-queries', HUGE),
-            ('--c', 'nan'),
-            ('--target', 1),
-        ],
+        fgsm=f' --eps=nan --eps=inf --eps=-1 --target=10 --target=-1 --target={HUGE}',
+        zoo=f' --lr=nan --max-queries=0 --max-queries={HUGE} --c=nan --target=1',
     )
-    for option, value in options[command[0]] + own.get(command[1], []):
-        refused(
-            capsys,
-            option.strip('-').split('-')[-1],
-            *command,
-            '--data',
-            'synthetic',
-            f'{option}={value}',
-        )
+    for option in (options[command[0]] + own.get(command[1], '')).split():
+        name = option.partition('=')[0].strip('-').split('-')[-1]
+        refused(capsys, name, *command, '--data', 'synthetic', option)
     assert [path.name for path in here.iterdir()] == ['r.safetensors']
     with pytest.raises(Read):
         run(capsys, *command, '--data', 'synthetic', '--seed', 2**46)
@@ -784,68 +581,20 @@ def test_names_that_no_encoding_holds(here, drawn, trained, monkeypatch):
     "Bytes that are not UTF-8, newlines, bars and letters that ASCII lacks: files are written, and told on one line each"
     monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
     folder = os.fsdecode(b'b\xffd|\n\xc3\xa9')
-    common = ['--data', 'synthetic', '--device', 'cpu', '--no-progress']
+    model, result = f'{folder}/m.safetensors', f'{folder}/a.safetensors'
+    commands = [
+        [*'train cnn --images 20 --epochs 1 --out'.split(), f'{folder}/cnn.safetensors'],
+        [*'attack random_noise --eps .5 --images 20 --model'.split(), model, '--out', result],
+        ['detect', '--model', model, '--result', result, *SIZES],
+    ]
+    save_model(trained, model)
     for encoding in ('ascii', 'utf-8', 'latin-1'):
         said = io.BytesIO()
         monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(said, encoding=encoding))
-        assert (
-            cli.main(
-                [
-                    'train',
-                    'cnn',
-                    '--images',
-                    '20',
-                    '--epochs',
-                    '1',
-                    '--out',
-                    f'{folder}/cnn.safetensors',
-                    *common,
-                ]
-            )
-            == 0
-        )
-        save_model(trained, f'{folder}/m.safetensors')
-        assert (
-            cli.main(
-                [
-                    'attack',
-                    'random_noise',
-                    '--eps',
-                    '.5',
-                    '--images',
-                    '20',
-                    '--model',
-                    f'{folder}/m.safetensors',
-                    '--out',
-                    f'{folder}/a.safetensors',
-                    *common,
-                ]
-            )
-            == 0
-        )
-        assert (
-            cli.main(
-                [
-                    'detect',
-                    '--model',
-                    f'{folder}/m.safetensors',
-                    '--result',
-                    f'{folder}/a.safetensors',
-                    '--n-train',
-                    '500',
-                    '--n-valid',
-                    '100',
-                    '--n-clean',
-                    '50',
-                    *common,
-                ]
-            )
-            == 0
-        )
+        assert [cli.main([*command, *COMMON]) for command in commands] == [0, 0, 0]
         lines = said.getvalue().decode(encoding).splitlines()
-        assert len([line for line in lines if 'b\\udcffd|\\n' in line]) == 3 and not any(
-            line.startswith(('é', '\\xe9')) for line in lines
-        )
+        assert len([line for line in lines if 'b\\udcffd|\\n' in line]) == 3
+        assert not any(line.startswith(('é', '\\xe9')) for line in lines)
     assert {path.suffix for path in Path(folder).iterdir()} >= {
         '.safetensors',
         '.checkpoint',
@@ -897,50 +646,21 @@ def test_a_write_that_fails_names_its_file(command, here, drawn, trained, monkey
     "As on a full disk, here by a limit on the size of files"
     monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
     save_model(trained, 'm.safetensors')
-    common = ['--data', 'synthetic', '--device', 'cpu', '--no-progress']
-    attack = [
-        'attack',
-        'random_noise',
-        '--eps',
-        '.5',
-        '--images',
-        '20',
-        '--model',
-        'm.safetensors',
-        *common,
-        '--out',
-    ]
-    assert run(capsys, *attack, 'a.safetensors')[0] == 0
+    attack = 'attack random_noise --eps .5 --images 20 --model m.safetensors --out'.split()
+    detect = 'detect --model m.safetensors --result a.safetensors --out full.csv'.split()
+    assert run(capsys, *attack, 'a.safetensors', *COMMON)[0] == 0
     given, out = dict(
         train=(
-            ['train', 'cnn', '--images', 20, '--epochs', 1, *common, '--out', 'full.safetensors'],
+            'train cnn --images 20 --epochs 1 --out full.safetensors'.split(),
             'full.checkpoint',
         ),
         attack=([*attack, 'full.safetensors'], 'full.safetensors'),
-        detect=(
-            [
-                'detect',
-                '--model',
-                'm.safetensors',
-                '--result',
-                'a.safetensors',
-                '--n-train',
-                500,
-                '--n-valid',
-                100,
-                '--n-clean',
-                50,
-                *common,
-                '--out',
-                'full.csv',
-            ],
-            'full.csv',
-        ),
+        detect=([*detect, *SIZES], 'full.csv'),
     )[command]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        refused(capsys, out, *given)
+        refused(capsys, out, *given, *COMMON)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(here.glob('full*'))
@@ -1021,29 +741,17 @@ def test_every_way_to_start_it():
         [sys.executable, '-m', 'genrobust'],
         [sys.executable, '-m', 'genrobust.cli'],
     ]
-    versions, refusals = (
-        [start(*way, '--version') for way in ways],
-        [start(*way, 'train', 'nonsense') for way in ways],
-    )
+    versions = [start(*way, '--version') for way in ways]
+    refusals = [start(*way, 'train', 'nonsense') for way in ways]
     spread = start(
-        'torchrun',
-        '--standalone',
-        '--nproc-per-node',
-        '2',
-        '-m',
-        'genrobust.cli',
-        'train',
-        'nonsense',
+        *'torchrun --standalone --nproc-per-node 2 -m genrobust.cli train nonsense'.split()
     )
     for process in versions:
-        assert (
-            process.communicate()[0] == f'genrobust {cli.__version__}\n' and process.returncode == 0
-        )
+        assert process.communicate()[0] == f'genrobust {cli.__version__}\n'
+        assert process.returncode == 0
     for process in refusals:
-        assert (
-            process.communicate()[0].startswith('genrobust: error: no model')
-            and process.returncode == 2
-        )
+        assert process.communicate()[0].startswith('genrobust: error: no model')
+        assert process.returncode == 2
     assert 'genrobust: error: no model' in spread.communicate()[0] and spread.returncode != 0
 
 
@@ -1056,20 +764,9 @@ def test_no_command_opens_a_window(monkeypatch):
 
 def test_help_waits_for_no_plot_and_no_table():
     "What draws, tabulates, downloads or fits is imported where it is used"
-    heavy = [
-        'IPython',
-        'matplotlib',
-        'pandas',
-        'scipy',
-        'seaborn',
-        'sklearn',
-        'sympy',
-        'torchvision',
-    ]
-    code = f'import sys; from genrobust import cli; cli._parser(); print([name for name in {heavy} if name in sys.modules])'
-    assert (
-        subprocess.run(
-            [sys.executable, '-c', code], capture_output=True, text=True, check=True
-        ).stdout
-        == '[]\n'
-    )
+    heavy = 'IPython matplotlib pandas scipy seaborn sklearn sympy torchvision'.split()
+    code = 'import sys; from genrobust import cli; cli._parser(); print(*sys.modules, sep="\\n")'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    modules = done.stdout.split()
+    assert {'genrobust.data', 'genrobust.results', 'genrobust.statistics'} <= set(modules)
+    assert not set(heavy) & set(modules)

@@ -38,19 +38,13 @@ from genrobust.models import (
 )
 
 
-def first(part, n):
-    return Images(*[v[:n] for v in part])
-
-
 class Prototypes(Classifier):
     "A Gaussian around the mean image of each class, stochastic where `noise` is not 0"
 
     def __init__(self, images, noise=0.0):
         super().__init__('prototypes', 10)
-        self.means, self.noise = (
-            nn.Parameter(torch.stack([images.x[images.y == c].mean(0) for c in range(10)])),
-            noise,
-        )
+        self.means = nn.Parameter(torch.stack([images.x[images.y == c].mean(0) for c in range(10)]))
+        self.noise = noise
 
     def forward(self, x):
         return -(x[:, None] - self.means).square().flatten(2).sum(2) + self.noise * torch.randn(
@@ -64,7 +58,7 @@ class Prototypes(Classifier):
 
 @pytest.fixture(scope='module')
 def splits(drawn):
-    return Splits(*[first(part, n) for part, n in zip(drawn, (600, 500, 500))])
+    return Splits(*[part.first(n) for part, n in zip(drawn, (600, 500, 500))])
 
 
 @pytest.fixture(scope='module')
@@ -86,11 +80,11 @@ def test_one_in_twenty_clean_images_is_rejected(name, fashion):
     clf.n_samples = 2
     found = fit_detectors(
         clf,
-        first(fashion.train, 400),
-        first(fashion.valid, 1200),
+        fashion.train.first(400),
+        fashion.valid.first(1200),
         fpr=0.05,
     )
-    frame = score_images(found, *first(fashion.test, 1200))
+    frame = score_images(found, *fashion.test.first(1200))
     assert list(found) == list(DETECTORS)
     for kind, detector in found.items():
         assert abs((frame[kind] > detector.threshold).mean() - 0.05) <= 0.02, kind
@@ -147,20 +141,16 @@ def test_prediction_and_score_share_their_draw(noisy, splits):
     seen = []
     noisy.register_forward_hook(lambda module, args, logits: seen.append(logits))
     prediction, score = detector.predict_and_score(splits.test.x, batch_size=500)
-    assert (
-        len(seen) == 1
-        and torch.equal(prediction, seen[0].argmax(1))
-        and torch.equal(score, detector.judge(seen[0]))
-    )
+    assert len(seen) == 1
+    assert torch.equal(prediction, seen[0].argmax(1))
+    assert torch.equal(score, detector.judge(seen[0]))
     torch.manual_seed(2)
     labels = detector(splits.test.x, batch_size=500)
     expected = seen[1].argmax(1).where(detector.judge(seen[1]) <= detector.threshold, REJECTED)
-    assert (
-        len(seen) == 2
-        and torch.equal(labels, expected)
-        and (labels == REJECTED).any()
-        and (labels != REJECTED).any()
-    )
+    assert len(seen) == 2
+    assert torch.equal(labels, expected)
+    assert (labels == REJECTED).any()
+    assert (labels != REJECTED).any()
     noisy._forward_hooks.clear()
 
 
@@ -198,10 +188,8 @@ def test_without_a_density_there_is_kl_alone(make, splits):
     detector.statistics = dict(
         usual=torch.full((10, 10), 0.1), mean=torch.zeros(10), std=torch.ones(10)
     )
-    assert (
-        detector.score(splits.test.x[:20]).shape == (20,)
-        and detector.score(splits.test.x[:20]).min() >= -1e-5
-    )
+    assert detector.score(splits.test.x[:20]).shape == (20,)
+    assert detector.score(splits.test.x[:20]).min() >= -1e-5
 
 
 def test_kl_is_finite_where_probabilities_are_zero(splits):
@@ -234,9 +222,9 @@ def test_bad_input_is_one_clear_error(model, splits, tmp_path):
         (lambda: fresh.save(tmp_path / 'x'), 'call fit first'),
         (lambda: fresh.fit(scarce(0)), r'classes \[3\]'),
         (lambda: fresh.fit(images).rejects(images.x), 'call calibrate first'),
-        (lambda: fresh.calibrate(first(splits.valid, 19)), 'at least 20 clean images, found 19'),
-        (lambda: fresh.calibrate(first(splits.valid, 99), fpr=0.01), 'at least 100'),
-        (lambda: fit_detectors(model, images, first(splits.valid, 19)), 'at least 20'),
+        (lambda: fresh.calibrate(splits.valid.first(19)), 'at least 20 clean images, found 19'),
+        (lambda: fresh.calibrate(splits.valid.first(99), fpr=0.01), 'at least 100'),
+        (lambda: fit_detectors(model, images, splits.valid.first(19)), 'at least 20'),
         (lambda: detect(model, {}, splits, n_valid=10), 'at least 20'),
         (lambda: fresh.score(images.x * math.nan), 'NaN'),
         (lambda: fresh.fit(Images(images.x * math.nan, images.y)), 'NaN'),
@@ -254,17 +242,15 @@ def test_bad_input_is_one_clear_error(model, splits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'other', [lambda m, images: Prototypes(first(images, 500)), lambda m, images: CNN()]
+    'other', [lambda m, images: Prototypes(images.first(500)), lambda m, images: CNN()]
 )
 def test_a_saved_detector_serves_its_own_model_only(other, model, splits, tmp_path):
     for name, detector in fit_detectors(model, splits.train, splits.valid).items():
         detector.save(tmp_path / name)
         again = Detector.load(tmp_path / name, model)
-        assert (
-            type(again) is type(detector)
-            and repr(again) == repr(detector)
-            and torch.equal(again.rejects(splits.test.x), detector.rejects(splits.test.x))
-        )
+        assert type(again) is type(detector)
+        assert repr(again) == repr(detector)
+        assert torch.equal(again.rejects(splits.test.x), detector.rejects(splits.test.x))
         with pytest.raises(ValueError, match='fitted on another model'):
             type(detector).load(tmp_path / name, other(model, splits.train))
 
@@ -284,8 +270,8 @@ def test_noise_and_samples_belong_to_the_model_of_a_detector(tmp_path):
 
 def test_detect_scores_attacks_and_counts_what_should_count(model, splits):
     results = {
-        'FGS': fgsm(model, *first(splits.test, 100), eps=0.05),
-        'noise': random_noise(model, *first(splits.test, 50), eps=0.02),
+        'FGS': fgsm(model, *splits.test.first(100), eps=0.05),
+        'noise': random_noise(model, *splits.test.first(50), eps=0.02),
     }
     found, frame = detect(model, results, splits, n_train=600, n_valid=500, n_clean=300)
     assert frame.groupby('attack', sort=False).size().to_dict() == {
@@ -294,30 +280,24 @@ def test_detect_scores_attacks_and_counts_what_should_count(model, splits):
         'noise': 50,
     }
     of, result = frame[frame.attack == 'FGS'], results['FGS']
-    assert (
-        of.success.tolist() == result.success.tolist()
-        and of.prediction.tolist() == result.y_adv.tolist()
-        and of.label.tolist() == result.y.tolist()
-    )
+    assert of.success.tolist() == result.success.tolist()
+    assert of.prediction.tolist() == result.y_adv.tolist()
+    assert of.label.tolist() == result.y.tolist()
     assert of.image.tolist() == list(range(100))
     for name, detector in found.items():
         judged = detected(frame, 'FGS', name, detector.threshold)
-        assert (
-            torch.allclose(
-                torch.tensor(judged.adversarial),
-                detector.score(result.x_adv[result.success]).double(),
-                atol=1e-3,
-            )
-            and len(judged.clean) == 300
+        assert torch.allclose(
+            torch.tensor(judged.adversarial),
+            detector.score(result.x_adv[result.success]).double(),
+            atol=1e-3,
         )
+        assert len(judged.clean) == 300
         assert judged.rate == pytest.approx(
             detector.rejects(result.x_adv[result.success]).double().mean().item()
         )
         passed = evaded(frame, 'FGS', name, detector.threshold)
-        assert (
-            len(passed) == result.attacked.sum()
-            and passed.sum() == (result.success & ~detector.rejects(result.x_adv)).sum()
-        )
+        assert len(passed) == result.attacked.sum()
+        assert passed.sum() == (result.success & ~detector.rejects(result.x_adv)).sum()
 
 
 def test_the_clean_versions_of_other_images_are_not_guessed(model, splits):
@@ -334,15 +314,13 @@ def test_detect_is_repeatable_and_leaves_random_numbers_alone(noisy, splits):
         detect(noisy, {}, splits, n_train=600, n_valid=100, n_clean=50, seed=seed)
         for seed in (0, 0, 1)
     )
-    assert (
-        one.equals(same)
-        and not one.equals(another)
-        and torch.equal(torch.random.get_rng_state(), state)
-    )
+    assert one.equals(same)
+    assert not one.equals(another)
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_saved_attack_can_be_judged(model, splits, tmp_path):
-    result = fgsm(model, *first(splits.test, 40), eps=0.05)
+    result = fgsm(model, *splits.test.first(40), eps=0.05)
     result.save(tmp_path / 'fgsm.safetensors')
     frames = [
         detect(model, {'fgsm': r}, splits, n_train=600, n_valid=100, n_clean=40)[1]
@@ -353,14 +331,11 @@ def test_a_saved_attack_can_be_judged(model, splits, tmp_path):
 
 def test_intervals_of_all_and_nothing_are_not_points():
     perfect = roc(range(100), range(200, 230), threshold=95)
-    assert (
-        perfect.rate == perfect.area == 1
-        and 0.8 < perfect.rate_interval[0] < 1
-        and perfect.false_positives == 0.04
-    )
-    assert math.isnan(roc([1.0, 2.0], [3.0]).area_interval[0]) and '1 adversarial example' in repr(
-        roc([1.0, 2.0], [3.0])
-    )
+    assert perfect.rate == perfect.area == 1
+    assert 0.8 < perfect.rate_interval[0] < 1
+    assert perfect.false_positives == 0.04
+    assert math.isnan(roc([1.0, 2.0], [3.0]).area_interval[0])
+    assert '1 adversarial example' in repr(roc([1.0, 2.0], [3.0]))
     assert roc(range(100), range(100, 130)).to_frame()[['fpr', 'tpr']].iloc[
         [0, -1]
     ].values.tolist() == [[0, 0], [1, 1]]
@@ -420,22 +395,19 @@ def test_infinite_scores_count():
                 pair[far] = roc(*scores)
             near, far = pair.values()
             grid = np.linspace(0, 1, 11)
-            assert repr(near) == repr(far) and (
+            assert repr(near) == repr(far)
+            assert (
                 near.area,
                 near.rate,
                 near.rate_interval,
                 near.area_interval,
             ) == (far.area, far.rate, far.rate_interval, far.area_interval)
-            assert (
-                np.array_equal(near.band(grid), far.band(grid))
-                and np.isfinite(far.band(grid)).all()
-            )
+            assert np.array_equal(near.band(grid), far.band(grid))
+            assert np.isfinite(far.band(grid)).all()
             assert near.to_frame()[['fpr', 'tpr']].equals(far.to_frame()[['fpr', 'tpr']])
             assert far.to_frame()[['fpr', 'tpr']].iloc[[0, -1]].values.tolist() == [[0, 0], [1, 1]]
-    assert (
-        roc([-math.inf] * 3, [math.inf]).area == 1
-        and roc([math.inf] * 3, [math.inf] * 2).area == 0.5
-    )
+    assert roc([-math.inf] * 3, [math.inf]).area == 1
+    assert roc([math.inf] * 3, [math.inf] * 2).area == 0.5
     with pytest.raises(ValueError, match='NaN'):
         roc([0.0, math.inf], [math.nan])
 

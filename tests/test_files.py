@@ -90,9 +90,8 @@ def test_tensors_of_every_kind_come_back(tmp_path):
     )
     save_tensors(tmp_path / 'a', kinds, digest='of something else', metadata=[1], path_='p')
     again, metadata = load_tensors(tmp_path / 'a')
-    assert list(again) == sorted(kinds) and metadata == dict(
-        digest='of something else', metadata=[1], path_='p'
-    )
+    assert list(again) == sorted(kinds)
+    assert metadata == dict(digest='of something else', metadata=[1], path_='p')
     for name, value in kinds.items():
         assert again[name].dtype == value.dtype and again[name].shape == value.shape
         assert torch.equal(
@@ -127,10 +126,8 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
     "Whatever the order it was given in; a hash table of the library orders several metadata at random"
     for n in range(20):
         order = (lambda items: dict(reversed(items))) if n % 2 else dict
-        tensors, metadata = (
-            order([('a', torch.ones(2)), ('b', torch.zeros(3))]),
-            order([('x', 1), ('y', order([('z', [2]), ('a', 0)]))]),
-        )
+        tensors = order([('a', torch.ones(2)), ('b', torch.zeros(3))])
+        metadata = order([('x', 1), ('y', order([('z', [2]), ('a', 0)]))])
         save_tensors(tmp_path / f'{n}', tensors, **metadata)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
 
@@ -154,17 +151,8 @@ def test_a_digest_is_what_it_was():
 
 
 RIGHT = digest(NUMBERS)
-HOSTILE = [
-    '[' * 10_000 + ']' * 10_000,
-    '{"a":' * 10_000 + '1' + '}' * 10_000,
-    '{',
-    '',
-    '3',
-    '[]',
-    'null',
-    '"text"',
-    '9' * 5000,
-]
+HOSTILE = '[' * 10_000 + ']' * 10_000, '{"a":' * 10_000 + '1' + '}' * 10_000, '9' * 5000
+HOSTILE += '{', '', '3', '[]', 'null', '"text"'
 HOSTILE = [dict(genrobust=text, **about) for text in HOSTILE for about in ({}, dict(digest=RIGHT))]
 HOSTILE += [
     dict(genrobust=text)
@@ -181,7 +169,7 @@ HOSTILE += [dict(genrobust='{}', digest='?'), dict(digest=RIGHT), {}, None]
 
 @pytest.mark.parametrize('texts', HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_metadata_are_one_error(texts, tmp_path):
-    file, few = tmp_path / 'a.safetensors', Images(*synthetic(20))
+    file, few = tmp_path / 'a.safetensors', synthetic(20)
     file.write_bytes(save(NUMBERS, texts))
     for load in (load_tensors, load_pretrained):
         with pytest.raises(ValueError, match='a.safetensors'):
@@ -267,7 +255,7 @@ def test_a_seed_is_a_whole_number(seed):
 
 
 def test_the_largest_seeds_train():
-    few = Images(*synthetic(20))
+    few = synthetic(20)
     fit(CNN(hidden=20), few, few, epochs=1, seed=92233720368547, device='cpu', progress=False)
     with pytest.raises(ValueError, match='seed must be'):
         fit(CNN(hidden=20), few, few, epochs=1, seed=92233720368548, device='cpu', progress=False)
@@ -370,31 +358,14 @@ def test_every_name_that_fits_works(name, tmp_path):
     for content in ('one', 'two'):
         write_whole(tmp_path / name, content)
     assert names(tmp_path) == [name] and (tmp_path / name).read_text() == 'two'
-    assert (
-        len(
-            {
-                beside(tmp_path / name, '.previous').name,
-                beside(tmp_path / (name[:-1] + 'y'), '.previous').name,
-            }
-        )
-        == 2
-    )
+    assert len({beside(tmp_path / n, '.previous').name for n in (name, name[:-1] + 'y')}) == 2
 
 
 def test_names_and_texts_that_are_no_utf_8_work(tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b'/\xff'))
     assert writable(folder) == folder
-    few = Images(*synthetic(20))
     for epochs in (1, 2):
-        fit(
-            CNN(hidden=20),
-            few,
-            few,
-            epochs=epochs,
-            checkpoint=folder / 'c',
-            device='cpu',
-            progress=False,
-        )
+        train(epochs, folder / 'c')
     save_model(CNN(hidden=20), folder / 'a.safetensors', said=str(folder))
     assert load_pretrained(folder / 'a.safetensors', 'cpu').info['said'] == str(folder)
     write_whole(folder / 'a.csv', f'{folder},1')
@@ -410,11 +381,9 @@ def test_an_error_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
         patched.setattr(files.os, 'fsync', full)
         with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/a'") as raised:
             write_whole(tmp_path / 'a', 'new')
-    assert (
-        raised.value.errno == errno.ENOSPC
-        and (tmp_path / 'a').read_text() == 'old'
-        and names(tmp_path) == ['a']
-    )
+    assert raised.value.errno == errno.ENOSPC
+    assert (tmp_path / 'a').read_text() == 'old'
+    assert names(tmp_path) == ['a']
     with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         write_whole(tmp_path, '')
     with pytest.raises(OSError, match=f'{tmp_path}/a/b'):
@@ -435,18 +404,9 @@ def test_a_device_stays_one():
 
 
 def train(epochs, checkpoint, **kw):
-    clf, few = CNN(hidden=20), Images(*synthetic(40))
-    fit(
-        clf,
-        few,
-        few,
-        epochs=epochs,
-        batch_size=20,
-        checkpoint=checkpoint,
-        device='cpu',
-        progress=False,
-        **kw,
-    )
+    clf, few = CNN(hidden=20), synthetic(40)
+    how = dict(batch_size=20, checkpoint=checkpoint, device='cpu', progress=False)
+    fit(clf, few, few, epochs, **how, **kw)
     return digest(clf.state_dict())
 
 
@@ -499,18 +459,9 @@ def test_a_checkpoint_has_any_name_that_fits(tmp_path):
     assert train(2, tmp_path / ('z' * 255)) == straight and len(names(tmp_path)) == 2
 
 
-HISTORIES = [
-    None,
-    3,
-    'ab',
-    {},
-    [],
-    [1],
-    [{}],
-    [dict(epoch=1, train_bound=0.0, bound=0.0, accuracy=0.0)],
-    [dict(epoch=0, train_bound='0', bound=0.0, accuracy=0.0)],
-    [dict(epoch=0, train_bound=0.0, bound=[], accuracy=0.0)],
-]
+EPOCH = dict(epoch=0, train_bound=0.0, bound=0.0, accuracy=0.0)
+HISTORIES = [None, 3, 'ab', {}, [], [1], [{}]]
+HISTORIES += [[EPOCH | other] for other in (dict(epoch=1), dict(train_bound='0'), dict(bound=[]))]
 
 
 @pytest.mark.parametrize('history', HISTORIES, ids=range(len(HISTORIES)))
@@ -560,7 +511,7 @@ def test_fit_checks_its_arguments_before_the_images():
 
 
 def test_a_bar_leaves_one_line_for_each_epoch(capsys):
-    few = Images(*synthetic(40))
+    few = synthetic(40)
     fit(CNN(hidden=20), few, few, epochs=2, batch_size=20, device='cpu')
     lines = capsys.readouterr().out.splitlines()
     assert [line[:8] for line in lines] == ['epoch 0:', 'epoch 1:']

@@ -7,20 +7,30 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_attacks import ATTACKS, FEW, MINIMUM_NORM, SMALL
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from under_attack import (
+    IN_A_BALL,
+    MINIMUM_NORM,
+    NEED_GRADIENT,
+    NEED_NO_GRADIENT,
+    NET,
+    each,
+    every_attack,
+    images,
+    make_net,
+    same,
+    small,
+)
 
 from genrobust.attacks import (
     alma,
-    apgd,
     carlini_wagner,
     ddn,
     deepfool,
     fgsm,
     hop_skip_jump,
     jacobian,
-    mim,
     one_vs_all,
     pgd,
     random_noise,
@@ -31,38 +41,6 @@ from genrobust.attacks import (
     zoo,
 )
 from genrobust.models import accuracy, predict
-
-NEED_NO_GRADIENT = [random_noise, zoo, spsa, square, hop_skip_jump]
-NEED_GRADIENT = [attack for attack in ATTACKS if attack not in NEED_NO_GRADIENT]
-IN_A_BOX = [random_noise, fgsm, pgd, mim, apgd, spsa, square]
-
-every_attack = pytest.mark.parametrize('attack', ATTACKS, ids=lambda f: f.__name__)
-gradient_attacks = pytest.mark.parametrize('attack', NEED_GRADIENT, ids=lambda f: f.__name__)
-
-
-def make_net(scale=3.0, classes=4):
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, classes)).eval()
-    with torch.no_grad():
-        net[3].weight *= scale
-    return net
-
-
-NET = make_net()
-
-
-def images(n=6):
-    return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(5))
-
-
-def small(attack, *args, **kw):
-    return attack(*args, **{**SMALL.get(attack, {}), **FEW.get(attack, {}), **kw})
-
-
-def same(result, expected):
-    for name in ('x', 'x_adv', 'y', 'y_adv', 'success'):
-        assert torch.equal(getattr(result, name), getattr(expected, name)), name
-
 
 # --- gradients that are not numbers
 
@@ -81,7 +59,7 @@ class SafeSqrt(torch.autograd.Function):
         return torch.where(x > 0, g / (2 * x.clamp_min(1e-30).sqrt()), 0)
 
 
-@gradient_attacks
+@each(NEED_GRADIENT)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
 @pytest.mark.parametrize('p', [2, torch.inf])
 def test_undefined_gradients_count_as_zero(attack, dtype, p):
@@ -345,7 +323,7 @@ def test_results_of_every_type_make_a_table(attack, dtype):
     assert np.isfinite(result.summary()['forwards']) and 'AttackResult' in repr(result)
 
 
-@pytest.mark.parametrize('attack', IN_A_BOX, ids=lambda f: f.__name__)
+@each(IN_A_BALL)
 @pytest.mark.parametrize(
     'dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
 )
@@ -381,7 +359,7 @@ COARSE = dict(
 
 
 @pytest.mark.parametrize('name', COARSE)
-@pytest.mark.parametrize('attack', MINIMUM_NORM, ids=lambda f: f.__name__)
+@each(MINIMUM_NORM)
 def test_distances_are_those_at_which_the_answer_changes(attack, name):
     model, x = COARSE[name](make_net(30.0)), images(20)
     own = {zoo: dict(max_queries=8000, coordinates=64, h=0.1)}
@@ -435,11 +413,9 @@ def test_bounds_of_normalised_images_may_be_off_by_rounding(mean, std, dtype):
     for attack in (fgsm, square, deepfool):
         result = small(attack, net, x, bounds=bounds)
         low, high = (torch.tensor(bound).to(dtype) for bound in bounds)
-        assert (
-            result.x.min() >= low
-            and result.x_adv.max() <= high
-            and torch.allclose(result.x, x, rtol=1e-2)
-        )
+        assert result.x.min() >= low
+        assert result.x_adv.max() <= high
+        assert torch.allclose(result.x, x, rtol=1e-2)
 
 
 def test_bounds_that_are_wrong_are_told_with_both_numbers():
@@ -452,7 +428,7 @@ def test_bounds_that_are_wrong_are_told_with_both_numbers():
 # --- many classes
 
 
-@pytest.mark.parametrize('attack', [deepfool, truncated_deepfool], ids=lambda f: f.__name__)
+@each([deepfool, truncated_deepfool])
 def test_deepfool_of_many_classes_costs_what_its_candidates_cost(attack):
     net, x = make_net(classes=200), images()
     result = attack(net, x)
@@ -525,7 +501,7 @@ def test_no_perturbation_is_no_success(attack):
     x = images(60)
     result = small(attack, Noisy(1.0).eval(), x, NET(x).argmax(1), batch_size=20)
     assert (result.l2[result.success] > 0).all()
-    if attack in IN_A_BOX:
+    if attack in IN_A_BALL:
         still = small(attack, Noisy(1.0).eval(), x, eps=0.0)
         assert not still.success.any() and torch.equal(still.y, still.y_adv)
 
@@ -543,9 +519,8 @@ def test_training_mode_keeps_the_statistics_of_batch_norm(attack):
     ).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     small(attack, model, images(8), allow_training=True)
-    assert norm.training and all(
-        torch.equal(value, before[name]) for name, value in model.state_dict().items()
-    )
+    assert norm.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_one_vs_all_works_on_models_of_all_kinds():

@@ -2,7 +2,6 @@
 
 import ast
 import base64
-import configparser
 import dis
 import importlib
 import inspect
@@ -22,17 +21,13 @@ import pytest
 import torch
 import yaml
 from bs4 import BeautifulSoup
-from notebooks import directives, readme, unlink, upright, with_fields
+from notebooks import ROOT, SETTINGS, cells, directives, readme, unlink, upright, with_fields
 from PIL import Image
 
 import genrobust
 from genrobust import _modidx, cli
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
-SETTINGS = configparser.ConfigParser(delimiters=['='])
-SETTINGS.read(ROOT / 'settings.ini')
-SETTINGS = SETTINGS['DEFAULT']
 PACKAGE = [
     p
     for p in sorted((ROOT / 'genrobust').rglob('*.py'))
@@ -40,10 +35,6 @@ PACKAGE = [
 ]
 MODULES = ['.'.join(p.relative_to(ROOT / 'genrobust').with_suffix('').parts) for p in PACKAGE]
 MODULES = [name.removesuffix('.__init__') for name in MODULES if name != '__init__']
-
-
-def cells(path):
-    return nbformat.read(path, as_version=4).cells
 
 
 every_notebook = pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
@@ -170,26 +161,12 @@ def borrowed(found):
 
 def test_a_name_of_a_slow_cell_is_noticed():
     def of(*sources):
-        return borrowed(
-            [
-                nbformat.v4.new_code_cell(source)
-                for source in (
-                    'x = 1\ndef f(): return g()\ndef g(): return x',
-                    '#| slow\nx = 2',
-                    *sources,
-                )
-            ]
-        )
+        first = 'x = 1\ndef f(): return g()\ndef g(): return x', '#| slow\nx = 2'
+        return borrowed(map(nbformat.v4.new_code_cell, [*first, *sources]))
 
     assert of('x') == of('f()') == of('x = x+1') == of('[x for _ in "ab"]') == {'x'}
-    assert (
-        of('x = 3; f()')
-        == of('x = 3', 'f()')
-        == of('[x for x in "ab"]')
-        == of('def h(x): return x')
-        == of('#| slow\nx')
-        == set()
-    )
+    own = 'x = 3; f()', '[x for x in "ab"]', 'def h(x): return x', '#| slow\nx'
+    assert not of('x = 3', 'f()') and not any(map(of, own))
 
 
 @every_notebook
@@ -527,10 +504,7 @@ def test_workflows_are_valid_and_call_what_a_person_calls():
     checked = subprocess.run(
         [
             sys.executable,
-            '-m',
-            'check_jsonschema',
-            '--builtin-schema',
-            'vendor.github-workflows',
+            *'-m check_jsonschema --builtin-schema vendor.github-workflows'.split(),
             *files,
         ],
         capture_output=True,
@@ -556,10 +530,8 @@ def test_workflows_are_valid_and_call_what_a_person_calls():
     publish = yaml.safe_load((ROOT / '.github/workflows/publish.yml').read_text())
     assert publish[True] == {'push': {'tags': ['v*']}}  # `on` is a truth value in YAML 1.1
     python = jobs['test']['strategy']['matrix']['python']
-    assert (
-        python[0] == SETTINGS['min_python']
-        and f'Python {python[0]} to {python[-1]}' in (ROOT / 'README.md').read_text()
-    )
+    assert python[0] == SETTINGS['min_python']
+    assert f'Python {python[0]} to {python[-1]}' in (ROOT / 'README.md').read_text()
 
 
 def test_every_command_that_is_shown_is_one():
@@ -577,23 +549,12 @@ def test_every_command_that_is_shown_is_one():
         for block in re.findall(r'```sh\n(.*?)```|((?:^ {4}[^\n]+\n?)+)', page, re.M | re.S)
         for line in ''.join(block).replace('\\\n', ' ').splitlines()
     ]
-    lines += (
-        subprocess.run(
-            ['make', '-n', 'reproduce', 'study', 'bench', 'referee'],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        .stdout.replace('\\\n', ' ')
-        .splitlines()
-    )
+    make = 'make -n reproduce study bench referee'.split()
+    made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines += made.replace('\\\n', ' ').splitlines()
+    shown = '\n'.join(lines)
     commands, targets = (
-        [
-            found[1]
-            for line in lines
-            if (found := re.match(f'(?:torchrun .*|time )?{word} (.+)', line))
-        ]
+        re.findall(f'^(?:torchrun .*|time )?{word} (.+)', shown, re.M)
         for word in ('genrobust', 'make')
     )
     assert len(commands) > 10 and len(targets) > 3, lines
@@ -611,25 +572,18 @@ def test_what_contributing_says_can_be_done(tmp_path):
     text = (ROOT / 'CONTRIBUTING.md').read_text()
     attack, model = re.findall(r'```python\n(.*?)```', text, re.S)
     found = {}
-    exec(
-        'import torch\nfrom torch import nn, Tensor\nfrom genrobust.attacks import *\n' + attack,
-        found,
-    )
-    x = torch.rand(5, 1, 6, 6)
-    result = found['blur'](
-        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 3)).eval(), x, share=1
-    )
-    assert (
-        torch.allclose(result.x_adv, x.mean((2, 3), keepdim=True).expand_as(x))
-        and result.settings['share'] == 1
-    )
+    imports = 'import torch\nfrom torch import nn, Tensor\nfrom genrobust.attacks import *\n'
+    exec(imports + attack, found)
+    x, linear = torch.rand(5, 1, 6, 6), torch.nn.Linear(36, 3)
+    result = found['blur'](torch.nn.Sequential(torch.nn.Flatten(), linear).eval(), x, share=1)
+    assert torch.allclose(result.x_adv, x.mean((2, 3), keepdim=True).expand_as(x))
+    assert result.settings['share'] == 1
     x, found = torch.rand(5, 1, 28, 28), dict(vars(genrobust.models))
     exec(model, found)
     clf = found['Linear'](n_classes=3, dropout=0.1, seed=1)
     again = found['Linear'](**{k: v for k, v in clf.config.items() if k != 'name'}, seed=1)
-    assert (
-        torch.equal(clf.eval()(x), again.eval()(x)) and clf.loss(x, torch.arange(5) % 3).ndim == 0
-    )
+    assert torch.equal(clf.eval()(x), again.eval()(x))
+    assert clf.loss(x, torch.arange(5) % 3).ndim == 0
     for link in re.findall(r'\]\(([^)]+)\)', text):
         assert (ROOT / link).exists(), link
     for name in ('tests/notebooks.py', 'CITATION.cff', 'genrobust/pretrained/'):
@@ -641,14 +595,8 @@ def test_what_contributing_says_can_be_done(tmp_path):
 def test_public_functions_are_documented(name):
     "A docstring for each; and no module is hidden by a function of its name"
     module = importlib.import_module(f'genrobust.{name}')
-    assert inspect.ismodule(
-        getattr(
-            importlib.import_module(
-                'genrobust.' + name.rpartition('.')[0] if '.' in name else 'genrobust'
-            ),
-            name.rpartition('.')[2],
-        )
-    )
+    package, _, own = f'genrobust.{name}'.rpartition('.')
+    assert inspect.ismodule(getattr(importlib.import_module(package), own))
     for public in getattr(module, '__all__', []):
         value = getattr(module, public)
         if (

@@ -1,6 +1,5 @@
 "The study: what it knows a model by, what it does with damaged files, what its tables can hold."
 
-import ast
 import html
 import json
 import math
@@ -17,7 +16,6 @@ import pandas as pd
 import pytest
 import torch
 
-import genrobust.statistics
 from genrobust import results, study
 from genrobust.attacks import apgd, one_vs_all
 from genrobust.data import Images, Splits
@@ -276,7 +274,6 @@ def test_no_folder_is_one_error(read):
 
 def test_a_backend_that_is_not_there_costs_neither_tables_nor_figure(tmp_path):
     code = f"""
-import genrobust.statistics
 from genrobust import results, study
 from genrobust.data import Images, Splits, synthetic
 x, y = synthetic(120)
@@ -360,16 +357,6 @@ def test_without_images_nothing_is_known():
     assert wilson(0, 0) == wilson(0.0, 0) == clustered(none, none) == (0, 1)
     low, high = wilson(3.75, 28)
     assert 0 < low < 3.75 / 28 < high < 1
-
-
-def test_importing_the_study_imports_no_library_of_plots_or_tables():
-    "Of its own: libraries that take long to import are imported where they are used"
-    files = [Path(module.__file__) for module in (genrobust.statistics, study, results)]
-    body = [node for file in files for node in ast.parse(file.read_text(encoding='utf-8')).body]
-    names = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in body if isinstance(node, ast.ImportFrom) and not node.level]
-    slow = 'pandas', 'scipy', 'seaborn', 'matplotlib', 'sklearn', 'torchvision'
-    assert 'json' in names and not [name for name in names if name.partition('.')[0] in slow]
 
 
 def write_study(folder, n, l2, weights='w'):

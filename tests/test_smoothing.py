@@ -155,10 +155,8 @@ def test_a_measurement_goes_on_where_it_ended(weights, tmp_path):
         assert len(said) == parts
     pd.testing.assert_frame_equal(read_smoothing(once), read_smoothing(twice))
     rows = read_smoothing(once)
-    assert (
-        rows.image.tolist() == list(range(45))
-        and (rows.filter(regex='^c[0-9]').sum(axis=1) == 20).all()
-    )
+    assert rows.image.tolist() == list(range(45))
+    assert (rows.filter(regex='^c[0-9]').sum(axis=1) == 20).all()
     before = (once / 'net-0.5.csv').read_bytes()
     for other in (dict(n=21), dict(seed=1), dict(n0=6)):
         with pytest.raises(ValueError, match='another folder'):

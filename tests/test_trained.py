@@ -116,16 +116,8 @@ def test_the_published_table_is_measured_again(label, attack, n, name, fashion):
 
 def test_a_published_threshold_is_measured_again(fashion):
     "Of a network that draws no random numbers"
-    preset, rows = (
-        PRESETS['standard'],
-        pd.read_csv(ROOT / 'results/standard/detectors.csv').query(
-            "model=='cnn' and detector=='kl'"
-        ),
-    )
-    train, valid = (
-        Images(*[v[:n] for v in part])
-        for part, n in ((fashion.train, preset.train), (fashion.valid, preset.valid))
-    )
-    assert fit_detectors(load_pretrained('cnn', device='cpu'), train, valid)[
-        'kl'
-    ].threshold == pytest.approx(rows.threshold.item(), rel=1e-3)
+    preset, rows = PRESETS['standard'], pd.read_csv(ROOT / 'results/standard/detectors.csv')
+    expected = rows.query("model=='cnn' and detector=='kl'").threshold.item()
+    parts = fashion.train.first(preset.train), fashion.valid.first(preset.valid)
+    found = fit_detectors(load_pretrained('cnn', device='cpu'), *parts)['kl'].threshold
+    assert found == pytest.approx(expected, rel=1e-3)

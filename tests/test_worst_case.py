@@ -5,10 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from test_attacks import ATTACKS
-from test_inputs import NEVER
-from test_models_of_all_kinds import NET, images, make_net, same, small
 from torch import nn
+from under_attack import NET, NEVER, each, every_attack, images, make_net, same, small
 
 from genrobust.attacks import (
     AttackResult,
@@ -31,7 +29,6 @@ from genrobust.attacks import (
 from genrobust.evaluation import ensemble, worst_case
 from genrobust.models import BayesClassifier
 
-every_attack = pytest.mark.parametrize('attack', ATTACKS, ids=lambda f: f.__name__)
 DOUBLE = make_net().double()
 
 
@@ -366,7 +363,7 @@ def test_the_strongest_targets_come_first_and_too_many_are_all():
 # --- the margin through two classes
 
 
-@pytest.mark.parametrize('attack', [fgsm, pgd, mim, apgd], ids=lambda f: f.__name__)
+@each([fgsm, pgd, mim, apgd])
 @pytest.mark.parametrize('target', [None, 1], ids=['untargeted', 'targeted'])
 @pytest.mark.parametrize('classes', [2, 4])
 def test_the_margin_of_pairs_is_that_of_all_classes(attack, target, classes):

@@ -14,7 +14,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .engine import attack, check_counts, check_positive, check_range
+from .engine import attack
+from .inputs import check_counts, check_positive, check_range
 from .result import norm, per_image, require, rounding_tolerance
 
 # %% ../../nbs/05_deepfool.ipynb #05-008

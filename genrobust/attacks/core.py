@@ -16,20 +16,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .autodiff import ask
-from genrobust.attacks.engine import (
-    attack,
+from .engine import SHARED, attack, run_attack
+from genrobust.attacks.inputs import (
+    as_bounds,
+    as_eps,
+    as_labels,
+    as_mask,
     check_counts,
     check_finite,
     check_labels,
     check_model,
     check_range,
-    device_of,
-    run_attack,
 )
-from .inputs import as_bounds, as_eps, as_labels, as_mask
 from .random_numbers import uniform
 from .result import AttackResult, Trace, margin, norm, require, within_reach
-from ..numerics import derive_seed, in_parts, no_tf32, seeded
+from ..numerics import derive_seed, device_of, in_parts, no_tf32, seeded
 
 # %% ../../nbs/03_attacks.ipynb #03-035
 @attack(minimum_norm=False, black_box=True)
@@ -91,10 +92,8 @@ def rescore(
             found.append(predictions.to(result.y.device))
     predictions = torch.cat(found, 1)
     check_labels(result.y, n_classes, 'y of the result')
-    success, votes = (
-        result.is_success(predictions),
-        F.one_hot(predictions, n_classes).sum(0).float(),
-    )
+    success = result.is_success(predictions)
+    votes = F.one_hot(predictions, n_classes).sum(0).float()
     share = torch.where(result.attacked, success.float().mean(0), torch.nan)
     if result.target is None:
         majority = margin(votes, result.y) < 0
@@ -126,10 +125,6 @@ def of_images(
     return own
 
 # %% ../../nbs/03_attacks.ipynb #03-052a
-_OF_IMAGES = ('bounds', 'batch_size', 'allow_training', 'draws', 'logits_of', 'trace', 'mask')
-_OF_IMAGES += ('quantized',)
-
-
 def _rank_targets(model, x, y, n_targets, shared):
     "A result of which nothing has been attacked yet; and classes, the strongest first, `[N,n]`"
     found, n_classes = [], 2  # where every image is misclassified there are none to rank
@@ -180,7 +175,7 @@ def one_vs_all(
     require('target' not in kwargs, 'one_vs_all aims at every class in turn: leave target out')
     if n_targets is not None:
         check_counts(n_targets=n_targets)
-    shared = {name: kwargs[name] for name in _OF_IMAGES if name in kwargs}
+    shared = {k: v for k, v in kwargs.items() if k in SHARED and k != 'progress'}
     best, targets = _rank_targets(model, x, y, n_targets, dict(shared, seed=seed))
     smallest, i = torch.full_like(best.l2, torch.inf), torch.arange(len(x), device=x.device)
     settings = {}

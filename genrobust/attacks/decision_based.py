@@ -12,22 +12,16 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from genrobust.attacks.engine import (
-    BestNorm,
-    attack,
-    check_counts,
-    check_positive,
-    check_range,
-    within_bounds,
-)
+from .engine import BestNorm, attack
 from .gradient import unit
+from .inputs import check_counts, check_positive, check_range, within_bounds
 from .random_numbers import normal, uniform
 from .result import norm, per_image, require
 from .score_based import random_directions
 from .zeroth_order import query_points
 
 # %% ../../nbs/09_decision_based.ipynb #09-049
-class _Labels(BestNorm):
+class _Oracle(BestNorm):
     "Asks for labels, at most `max_queries` times an image; keeps the nearest adversarial example"
 
     def __init__(self, state, p, max_queries):
@@ -65,19 +59,19 @@ def _halvings(tolerance):
     return math.ceil(-math.log2(tolerance))
 
 
-def _to_boundary(labels, x, i, tolerance):
+def _to_boundary(oracle, x, i, tolerance):
     "Bisect between each image and `x`, an adversarial example; the nearer end that still is one"
     low, high = x.new_zeros(len(i)), x.new_ones(len(i))
     for _ in range(_halvings(tolerance)):
         middle = (low + high) / 2
-        success = labels.query(_shorten(labels.state, x, i, middle, labels.p), i)
+        success = oracle.query(_shorten(oracle.state, x, i, middle, oracle.p), i)
         low, high = torch.where(success, low, middle), torch.where(success, middle, high)
-    return _shorten(labels.state, x, i, high, labels.p)
+    return _shorten(oracle.state, x, i, high, oracle.p)
 
 # %% ../../nbs/09_decision_based.ipynb #09-051a
-def _normal(labels, x, i, n, delta):
+def _normal(oracle, x, i, n, delta):
     "A sum of `n` steps of length `delta` within bounds, each times phi less its mean (eq. 16)"
-    state, total = labels.state, x.new_zeros(len(i))
+    state, total = oracle.state, x.new_zeros(len(i))
     sums = x.new_zeros(len(i), 2, x[0].numel())  # of steps times phi, and of steps
     for rows, u in random_directions(state, normal, n, i):
         centre, size = x[rows, None], u.flatten(2).norm(dim=2)
@@ -94,55 +88,55 @@ def _normal(labels, x, i, n, delta):
 _JUMPS = 24  # at most
 
 
-def _jump(labels, x, i, direction, length):
+def _jump(oracle, x, i, direction, length):
     "By `length`, or half of it, or a quarter, until adversarial; `x` where nothing is"
     landed, active = x.clone(), torch.arange(len(i), device=i.device)
     for k in range(_JUMPS):
         if not len(active):
             break
         move = per_image(length[active] / 2**k, x) * direction[active]
-        there = labels.state.clip(x[active] + move, i[active])
-        success = labels.query(there, i[active])
+        there = oracle.state.clip(x[active] + move, i[active])
+        success = oracle.query(there, i[active])
         landed[active] = torch.where(per_image(success, x), there, x[active])
         active = active[(~success).nonzero().squeeze(1)]
     return landed
 
 # %% ../../nbs/09_decision_based.ipynb #09-055
-def _find(labels, start, tries):
+def _find(oracle, start, tries):
     "A first adversarial example: the start given, else a mixture with noise"
-    state, i = labels.state, labels.state.all
+    state, i = oracle.state, oracle.state.all
     if start is not None:
         start = start[state.positions.to(start.device)].to(state.x)
-        labels.query(state.clip(start, i), i)
+        oracle.query(state.clip(start, i), i)
     for k in range(tries):
-        i = i[labels.norm[i].isinf().nonzero().squeeze(1)]
+        i = i[oracle.norm[i].isinf().nonzero().squeeze(1)]
         if not len(i):
             break
         low, high = state.bounds_of(i)
         power = 2 ** (8 * state.random(uniform, i, 1) - 4)
         noise = low + (high - low) * state.random(uniform, i) ** per_image(power, state.x)
-        labels.query(state.clip(state.x[i] + (k + 1) / tries * (noise - state.x[i]), i), i)
+        oracle.query(state.clip(state.x[i] + (k + 1) / tries * (noise - state.x[i]), i), i)
 
 # %% ../../nbs/09_decision_based.ipynb #09-055b
-def _approach(labels, x, i, samples, gamma, tolerance):
+def _approach(oracle, x, i, samples, gamma, tolerance):
     "Rounds of normal, jump and bisection from boundary points `x`, while the budget lasts"
-    state, p = labels.state, labels.p
+    state, p = oracle.state, oracle.p
     for t in count(1):
         n = int(samples * t**0.5)
-        active = (labels.left(i) > n).nonzero().squeeze(1)
+        active = (oracle.left(i) > n).nonzero().squeeze(1)
         i, x = i[active], x[active]
         if not len(i):
             break
-        labels.expect(n + _JUMPS + _halvings(tolerance), i)
+        oracle.expect(n + _JUMPS + _halvings(tolerance), i)
         far = norm(x - state.x[i], p)
         delta = min(gamma / state.x[0].numel(), 0.1) * far
-        direction = unit(_normal(labels, x, i, n, delta), p)
-        x = _to_boundary(labels, _jump(labels, x, i, direction, far / t**0.5), i, tolerance)
+        direction = unit(_normal(oracle, x, i, n, delta), p)
+        x = _to_boundary(oracle, _jump(oracle, x, i, direction, far / t**0.5), i, tolerance)
 
 
-def _stretch(labels, i, overshoot):
+def _stretch(oracle, i, overshoot):
     "The nearest adversarial examples; a little farther, so that rounding cannot undo them"
-    state, x = labels.state, labels.x
+    state, x = oracle.state, oracle.x
     stretched = state.clip(state.x + (1 + overshoot) * (x - state.x))[i]
     if len(i):
         success = state.is_adversarial(state.logits(stretched, i), i)
@@ -153,12 +147,9 @@ def _stretch(labels, i, overshoot):
 def _check_start(start, x, bounds):
     shape = getattr(x, 'shape', None)
     is_like = isinstance(start, Tensor) and start.is_floating_point() and start.shape == shape
-    found = getattr(start, 'dtype', ''), list(getattr(start, 'shape', []))
-    require(
-        is_like,
-        f'start must be a float tensor like x, {list(shape or [])}, '
-        f'found {type(start).__name__} {found[0]} {found[1]}',
-    )
+    found = f'{getattr(start, "dtype", "")} {list(getattr(start, "shape", []))}'
+    text = f'start must be a float tensor like x, {list(shape or [])}'
+    require(is_like, f'{text}, found {type(start).__name__} {found}')
     return within_bounds(start, bounds, 'start')
 
 # %% ../../nbs/09_decision_based.ipynb #09-055c
@@ -190,15 +181,14 @@ def hop_skip_jump(
         start = _check_start(start, x, bounds)
 
     def solve(state):
-        labels = _Labels(state, p, max_queries - 1)
+        oracle = _Oracle(state, p, max_queries - 1)
         share = gamma * state.x[0].numel() ** (-1.5 if p == 2 else -2)
         tolerance = min(max(share, torch.finfo(state.x.dtype).eps), 1e-3)
-        labels.expect(1 + init_queries + _halvings(tolerance), state.all)
-        _find(labels, start, min(init_queries, max_queries // 2))
-        i = labels.norm.isfinite().nonzero().squeeze(1)
-        _approach(
-            labels, _to_boundary(labels, labels.x[i], i, tolerance), i, samples, gamma, tolerance
-        )
-        return _stretch(labels, i, overshoot)
+        oracle.expect(1 + init_queries + _halvings(tolerance), state.all)
+        _find(oracle, start, min(init_queries, max_queries // 2))
+        i = oracle.norm.isfinite().nonzero().squeeze(1)
+        x = _to_boundary(oracle, oracle.x[i], i, tolerance)
+        _approach(oracle, x, i, samples, gamma, tolerance)
+        return _stretch(oracle, i, overshoot)
 
     return solve

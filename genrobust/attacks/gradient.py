@@ -14,14 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from genrobust.attacks.engine import (
-    AttackState,
-    BestMargin,
-    attack,
-    check_counts,
-    check_positive,
-    check_range,
-)
+from .engine import AttackState, BestMargin, attack
+from .inputs import check_counts, check_positive, check_range
 from .pairs import PairMargin
 from .random_numbers import normal, uniform
 from .result import log_odds, margin, norm, per_image, require, within_reach
@@ -187,9 +181,8 @@ class _PerImage(SimpleNamespace):
     def where(self, mask, others):
         "These rows where `mask` is true, and those of `others` elsewhere."
         pairs = {name: (rows, getattr(others, name)) for name, rows in vars(self).items()}
-        return _PerImage(
-            **{k: torch.where(per_image(mask, v), v, w) for k, (v, w) in pairs.items()}
-        )
+        rows = {k: torch.where(per_image(mask, v), v, w) for k, (v, w) in pairs.items()}
+        return _PerImage(**rows)
 
 # %% ../../nbs/04_fgsm.ipynb #04-020a
 @dataclass

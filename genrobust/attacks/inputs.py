@@ -65,8 +65,10 @@ def as_rows(
     name: str,  # What to call it in an error
 ) -> float | Tensor:  # The number, or of the `widest` type, `[N,...]` with as many axes as `x`
     "One value for all images, one for each, or one for each channel or pixel."
-    if isinstance(value, (Real, str, type(None))) or getattr(value, 'shape', None) == ():
-        return value if isinstance(value, (Real, str, type(None))) else value.item()
+    if isinstance(value, (Real, str, type(None))):
+        return value
+    if getattr(value, 'shape', None) == ():
+        return value.item()
     text = f'{name} must be a number, [{len(x)}] for each image, or broadcast to {list(x.shape)}'
     try:
         value = torch.as_tensor(value, dtype=widest(x), device=x.device).detach()
@@ -80,6 +82,12 @@ def as_rows(
     return rows.expand(len(x), *rows.shape[1:])
 
 # %% ../../nbs/33_inputs.ipynb #33-020a
+def _require_of_each(is_right, text):
+    "A `ValueError` with the first five images that have a pixel where it is not so"
+    bad = (~is_right).flatten(1).any(1).nonzero().flatten().tolist()
+    require(not bad, f'{text} for the images at {bad[:5]}')
+
+
 def as_eps(
     eps: float | Tensor,  # As for `as_rows`
     x: Tensor,  # Images `[N,...]`
@@ -87,9 +95,8 @@ def as_eps(
     "Radii, one for all images or not; a `ValueError` for one that is negative or not finite."
     rows = as_rows(eps, x, 'eps')
     if isinstance(rows, Tensor):
-        bad = (~((rows >= 0) & rows.isfinite())).flatten(1).any(1).nonzero().flatten().tolist()
-        text = f'eps must be finite and at least 0; it is not for the images at {bad[:5]}'
-        require(not bad, text)
+        is_right = (rows >= 0) & rows.isfinite()
+        _require_of_each(is_right, 'eps must be finite and at least 0; it is not')
     return rows
 
 # %% ../../nbs/33_inputs.ipynb #33-021
@@ -111,8 +118,7 @@ def as_bounds(
     low, high = torch.broadcast_tensors(*[torch.as_tensor(b, device=x.device) for b in rows])
     low, high = (bound.to(x.dtype) for bound in (low, high))
     is_right = (low < high) & low.isfinite() & high.isfinite()
-    bad = (~is_right).flatten(1).any(1).nonzero().flatten().tolist()
-    require(not bad, f'{text}, or tensors; they are not for the images at {bad[:5]}')
+    _require_of_each(is_right, f'{text}, or tensors; they are not')
     return low, high
 
 # %% ../../nbs/33_inputs.ipynb #33-021a
@@ -144,9 +150,8 @@ def within_bounds(
         require(is_within, f'{name} must lie within bounds {found}')
         return x.clamp(low, high)
     slack = unit * torch.maximum(-low, high)
-    is_within = ((low - slack <= x) & (x <= high + slack)).flatten(1).all(1)
-    bad = (~is_within).nonzero().flatten().tolist()
-    require(not bad, f'{name} must lie within bounds; it does not for the images at {bad[:5]}')
+    is_within = (low - slack <= x) & (x <= high + slack)
+    _require_of_each(is_within, f'{name} must lie within bounds; it does not')
     return x.clamp(low, high)
 
 # %% ../../nbs/33_inputs.ipynb #33-030
@@ -314,9 +319,8 @@ class Levels(NamedTuple):
         nearest = self.value(self.of(x).round()).to(x.dtype)
         largest = max(torch.as_tensor(bound).abs().max().item() for bound in self)
         slack = 8 * torch.finfo(x.dtype).eps * largest
-        off = ((nearest - x).abs() > slack).flatten(1).any(1).nonzero().flatten().tolist()
         text = 'quantized needs images on 256 levels from low to high, as (255 * x).round() / 255'
-        require(not off, f'{text}; those at {off[:5]} are not')
+        _require_of_each((nearest - x).abs() <= slack, f'{text}; they are not')
         return nearest
 
 # %% ../../nbs/33_inputs.ipynb #33-050

@@ -7,19 +7,14 @@ __all__ = ['penalty_slope', 'alma']
 
 # %% ../../nbs/16_lagrangian.ipynb #16-005
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from genrobust.attacks.engine import (
-    AttackState,
-    BestNorm,
-    attack,
-    check_counts,
-    check_positive,
-    check_range,
-)
+from .engine import AttackState, BestNorm, attack
 from .gradient import unit
+from .inputs import check_counts, check_positive, check_range
 from .pairs import PairMargin
 from .penalty import Adam
 from .random_numbers import normal
@@ -49,34 +44,50 @@ def _shorten(best, halvings=8):
         low, high = torch.where(is_beyond, low, middle), torch.where(is_beyond, middle, high)
 
 # %% ../../nbs/16_lagrangian.ipynb #16-021
-def _descend(state: AttackState, steps, step_size, rho, alpha, refresh, random_start) -> Tensor:
-    "Minimise the Lagrangian, with multipliers that follow the slope of the penalty"
-    best, pairs, i, x = BestNorm(state), PairMargin(state, refresh), state.all, state.x
-    tiny, n_free = torch.finfo(x.dtype).tiny, torch.as_tensor(state.n_free, device=x.device)
-    farthest = farthest_corner(state, 2).to(x)
-    size = nearest_boundary(state, 2)[0].to(x).maximum(1e-4 * farthest).minimum(farthest)
-    if random_start:
-        direction = unit(state.free(state.random(normal, i), i).to(x), 2)
-        x = state.clip(x + per_image(size, x) * direction, i)
-    mu, adam = torch.ones_like(size), Adam(x, 0.0, 0.99)
-    scale = state.margin_target(state.start.logits, i).clamp_min(tiny)
-    for n in range(steps):
-        logits, grad = pairs.gradient(state.margin, x, i)
-        best.update(x, logits, i)
-        size = torch.where(best.norm.isfinite(), best.norm, 1.5 * size).minimum(farthest)
-        size = size.clamp_min(tiny)
-        g = (state.margin_target(logits, i) / scale).clamp(-1, 1)
-        slope = penalty_slope(g, rho, mu)
-        mu = (alpha * mu + (1 - alpha) * slope).clamp(1e-6, 10)
-        total = (x - state.x) / per_image(size, x) + per_image(slope, x) * unit(grad, 2)
-        step = adam.step(total.flatten(1), i).view_as(x)
-        step = step / per_image(n_free.clamp_min(1).to(x).sqrt().expand(len(x)), x)
-        step = step / per_image(norm(step).clamp_min(1), x)
-        share = max((1 + math.cos(math.pi * n / steps)) / 2, 0.01)
-        x = state.clip(x + per_image(step_size * share * size, x) * step, i)
-    best.update(x, state.logits(x, i), i)
-    _shorten(best)
-    return best.x
+@dataclass
+class _ALMA:
+    "Minimises the Lagrangian, with multipliers that follow the slope of the penalty"
+
+    steps: int
+    step_size: float
+    rho: float
+    alpha: float
+    refresh: int
+    random_start: bool
+
+    def __post_init__(self):
+        check_counts(steps=self.steps, refresh=self.refresh)
+        check_positive(step_size=self.step_size, rho=self.rho)
+        check_range(0, 1, alpha=self.alpha)
+        require(self.alpha < 1, f'alpha must be below 1, found {self.alpha}')
+
+    def __call__(self, state: AttackState) -> Tensor:
+        best, pairs, i, x = BestNorm(state), PairMargin(state, self.refresh), state.all, state.x
+        tiny, n_free = torch.finfo(x.dtype).tiny, torch.as_tensor(state.n_free, device=x.device)
+        farthest = farthest_corner(state, 2).to(x)
+        size = nearest_boundary(state, 2)[0].to(x).maximum(1e-4 * farthest).minimum(farthest)
+        if self.random_start:
+            direction = unit(state.free(state.random(normal, i), i).to(x), 2)
+            x = state.clip(x + per_image(size, x) * direction, i)
+        mu, adam = torch.ones_like(size), Adam(x, 0.0, 0.99)
+        scale = state.margin_target(state.start.logits, i).clamp_min(tiny)
+        for n in range(self.steps):
+            logits, grad = pairs.gradient(state.margin, x, i)
+            best.update(x, logits, i)
+            size = torch.where(best.norm.isfinite(), best.norm, 1.5 * size).minimum(farthest)
+            size = size.clamp_min(tiny)
+            g = (state.margin_target(logits, i) / scale).clamp(-1, 1)
+            slope = penalty_slope(g, self.rho, mu)
+            mu = (self.alpha * mu + (1 - self.alpha) * slope).clamp(1e-6, 10)
+            total = (x - state.x) / per_image(size, x) + per_image(slope, x) * unit(grad, 2)
+            step = adam.step(total.flatten(1), i).view_as(x)
+            step = step / per_image(n_free.clamp_min(1).to(x).sqrt().expand(len(x)), x)
+            step = step / per_image(norm(step).clamp_min(1), x)
+            share = max((1 + math.cos(math.pi * n / self.steps)) / 2, 0.01)
+            x = state.clip(x + per_image(self.step_size * share * size, x) * step, i)
+        best.update(x, state.logits(x, i), i)
+        _shorten(best)
+        return best.x
 
 # %% ../../nbs/16_lagrangian.ipynb #16-022
 @attack(first='jacobian')
@@ -92,8 +103,4 @@ def alma(
     random_start: bool = False,
 ):
     "Augmented Lagrangian attack (Rony et al., 2021), on the margin, in l2."
-    check_counts(steps=steps, refresh=refresh)
-    check_positive(step_size=step_size, rho=rho)
-    check_range(0, 1, alpha=alpha)
-    require(alpha < 1, f'alpha must be below 1, found {alpha}')
-    return lambda state: _descend(state, steps, step_size, rho, alpha, refresh, random_start)
+    return _ALMA(steps, step_size, rho, alpha, refresh, random_start)

@@ -12,14 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from genrobust.attacks.engine import (
-    AttackState,
-    BestNorm,
-    attack,
-    check_counts,
-    check_positive,
-    check_range,
-)
+from .boundary import bounded_step
+from .engine import AttackState, BestNorm, attack
+from .inputs import check_counts, check_positive, check_range
 from .pairs import PairMargin
 from .result import per_image, rounding_tolerance
 
@@ -129,31 +124,15 @@ def linear_scale(
     )
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-020a
-def _flat_step(state, gap, w):
-    "The smallest step within bounds that closes `gap` at slope `w` `[B,D]`, and its length"
-    x, w, multiplier = state.x, w.view_as(state.x), torch.zeros_like(gap)
-    low, high = state.bounds
-    for _ in range(20):  # Newton's method in the multiplier is exact after finitely many steps
-        z = x + per_image(multiplier, x) * w
-        is_free = torch.where(w > 0, z < high, z > low)
-        left = gap - (w * (state.clip(z) - x)).flatten(1).sum(1)
-        multiplier = multiplier + left / (w.square() * is_free).flatten(1).sum(1)
-    step = state.clip(x + per_image(multiplier, x) * w) - x
-    exists = multiplier.isfinite()
-    length = torch.where(exists, step.flatten(1).norm(dim=1), torch.inf)
-    return torch.where(per_image(exists, x), step, 0), length
-
-
 def _start(state, kappa, c, lr):
     "On the nearest of the nine strongest classes' boundaries, or the target's, if they were flat"
     logits, f, grad_f = state.logit_differences(state.x, state.all, most=9)
-    grad_f = grad_f.flatten(2)
     gaps = (kappa + 2 * rounding_tolerance(logits)[:, None] - f).to(grad_f.dtype)
-    lengths = [_flat_step(state, gap, w)[1] for gap, w in zip(gaps.unbind(1), grad_f.unbind(1))]
-    distance, nearest = torch.stack(lengths).min(0)
-    gap = gaps[state.all, nearest]
-    step, _ = _flat_step(state, gap, grad_f[state.all, nearest])
-    return state.clip(state.x + step), *linear_scale(state, distance, gap, 0.5, c, lr)
+    steps, distances = bounded_step(state.x, gaps, grad_f, 2, state.bounds)
+    distance, nearest = distances.min(1)
+    exists = per_image(distance.isfinite(), state.x)
+    x = state.clip(state.x + torch.where(exists, steps[state.all, nearest], 0))
+    return x, *linear_scale(state, distance, gaps[state.all, nearest], 0.5, c, lr)
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-021
 def check_penalty(

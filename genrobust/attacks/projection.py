@@ -13,12 +13,8 @@ import torch
 from torch import Tensor
 
 from .boundary import bounded_step, check_norm, count_rivals
-from genrobust.attacks.engine import (
-    BestNorm,
-    attack,
-    check_counts,
-    check_range,
-)
+from .engine import BestNorm, attack
+from .inputs import check_counts, check_range
 from .pairs import PairMargin
 from .random_numbers import normal
 from .result import norm, other_logits, per_image, rounding_tolerance
@@ -123,10 +119,8 @@ def search_back(
         is_beyond = best.update(point, logits, i)
         value = state.margin_target(logits, i, state.kappa)
         low, high = torch.where(is_beyond, low, middle), torch.where(is_beyond, middle, high)
-        before, behind = (
-            torch.where(is_beyond, before, value),
-            torch.where(is_beyond, value, behind),
-        )
+        before = torch.where(is_beyond, before, value)
+        behind = torch.where(is_beyond, value, behind)
 
 # %% ../../nbs/15_projections.ipynb #15-032
 @attack(first='jacobian')
@@ -149,9 +143,8 @@ def superdeepfool(
 
     def solve(state):
         best, i = BestNorm(state, p), state.all
-        projections = _Projections(
-            best, _cross(state, p, deepfool_steps, overshoot, rivals), overshoot
-        )
+        crossed = _cross(state, p, deepfool_steps, overshoot, rivals)
+        projections = _Projections(best, crossed, overshoot)
         for _ in range(steps):
             i = projections.advance(i)
             if not len(i):

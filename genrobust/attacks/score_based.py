@@ -12,15 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrobust.attacks.engine import (
-    AttackState,
-    BestMargin,
-    attack,
-    check_counts,
-    check_positive,
-    check_range,
-)
+from .engine import AttackState, BestMargin, attack
 from .gradient import Ball, unit
+from .inputs import check_counts, check_positive, check_range
 from .penalty import Adam
 from .random_numbers import Keys, signs, uniform
 from .result import within_reach

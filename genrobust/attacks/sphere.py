@@ -12,15 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genrobust.attacks.engine import (
-    AttackState,
-    BestNorm,
-    attack,
-    check_counts,
-    check_positive,
-    check_range,
-)
+from .engine import AttackState, BestNorm, attack
 from .gradient import project, unit
+from .inputs import check_counts, check_positive, check_range
 from .pairs import PairMargin
 from .random_numbers import normal
 from .result import norm, per_image, require

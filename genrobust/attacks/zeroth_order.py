@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .engine import AttackState, attack, check_counts, check_positive
+from .engine import AttackState, attack
+from .inputs import check_counts, check_positive
 from .penalty import check_penalty, linear_scale, minimise
 from .random_numbers import uniform
 from .result import require
