@@ -6,7 +6,7 @@
 __all__ = ['EFFORTS', 'MODEL_CHECKS', 'ATTACK_CHECKS', 'Caution', 'Effort', 'effort_for', 'check', 'Seeded', 'ModelCase',
            'no_gradient', 'zero_gradient', 'undefined_gradient', 'gradient_mismatch', 'saturation', 'undefined_answers',
            'probabilities', 'training_mode', 'answers_differ', 'random_answers', 'batch_dependence',
-           'inner_optimisation', 'image_bounds', 'normalisation', 'inspect_model', 'AttackCase',
+           'inner_optimisation', 'image_bounds', 'normalisation', 'chance_accuracy', 'inspect_model', 'AttackCase',
            'black_box_beats_white_box', 'surrogate', 'transfer_beats_white_box', 'more_steps_help',
            'unbounded_attack_fails', 'fgsm_beats_pgd', 'Readout', 'binary_problem', 'binarisation', 'cross_check']
 
@@ -14,7 +14,7 @@ __all__ = ['EFFORTS', 'MODEL_CHECKS', 'ATTACK_CHECKS', 'Caution', 'Effort', 'eff
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import cached_property, partial, wraps
 from inspect import signature
@@ -188,6 +188,11 @@ class ModelCase:
         generator = torch.Generator().manual_seed(self.seed)
         signs = torch.randn(self.x.shape, generator=generator).sign().to(self.x)
         return (self.x + 0.1 * self.width * signs).clamp(self.low, self.high)
+
+    @cached_property
+    def predictions(self) -> Tensor:
+        "Classes `[n]` of the first images, at most 200."
+        return self.ask(self.everything[: min(2 * self.effort.images, 200)]).argmax(1)
 
     @property
     def width(self) -> float:
@@ -389,7 +394,7 @@ def _gradient_calls():
 @check(0, 'attack the model without the loop, and the loop by differentiating through its steps')
 def inner_optimisation(case: ModelCase) -> float:
     "How often the model asks for a gradient within one forward pass"
-    with _gradient_calls() as calls, torch.enable_grad():
+    with _gradient_calls() as calls, torch.enable_grad(), suppress(NoGradientError):
         ask(case.view, case.x[:2])
     return len(calls)
 
@@ -409,29 +414,52 @@ def _rescaled(case, x):
     return {name: v for name, v in scales.items() if not torch.allclose(v, x)}
 
 
+def _are_few(n):
+    "Whether no two rates of so many images can be told apart by their 95 % intervals"
+    return wilson(0, n)[1] >= wilson(n, n)[0]
+
+
 @check(0, 'wrap the model so that it takes images within bounds: Normalized(model, mean, std)')
 def normalisation(case: ModelCase) -> float:
     """Accuracy that is gained where images come on another scale (0 to 1, 0 to 255, -1 to 1, or
     normalised), if the 95 % intervals do not overlap"""
-    n = min(2 * case.effort.images, 200, len(case.everything))
-    if wilson(0, n)[1] >= wilson(n, n)[0]:  # too few images to tell any two rates apart
+    n = len(case.predictions)
+    if _are_few(n):
         return math.nan
-    x, y = case.everything[:n], case.labels[:n]
 
-    def interval(images):
-        hits = (case.ask(images).argmax(1) == y).sum().item()
+    def interval(predictions):
+        hits = (predictions == case.labels[:n]).sum().item()
         return hits / n, *wilson(hits, n)
 
-    own, _, most = interval(x)
+    own, _, most = interval(case.predictions)
     if most >= wilson(n, n)[0]:  # no other scale could do so much better
         return 0
-    others = [interval(images) for images in _rescaled(case, x).values()]
+    scaled = _rescaled(case, case.everything[:n]).values()
+    others = [interval(case.ask(images).argmax(1)) for images in scaled]
     return max([rate - own for rate, least, _ in others if least > most], default=0)
+
+# %% ../nbs/34_diagnosis.ipynb #34-030b
+@check(0.5, 'look at the labels, the order of classes, and what the model expects of images')
+def chance_accuracy(case: ModelCase) -> float:
+    """Where the accuracy may be that of guessing: of what a perfect model gains over guessing, the
+    share that is lacking even at the upper end of the 95 % interval. Guessing predicts each class
+    as often as the model does, whatever the image"""
+    n, n_classes = len(case.predictions), case.logits.shape[1]
+    if _are_few(n):
+        return math.nan
+    y, predicted = case.labels[:n].cpu(), case.predictions.cpu()
+    shares = [torch.bincount(v, minlength=n_classes).double() / n for v in (y, predicted)]
+    guess = (shares[0] @ shares[1]).item()
+    if (shares[0] == 1).any():  # of one label any accuracy is that of guessing
+        guess = 1 / n_classes
+    low, high = wilson((predicted == y).sum().item(), n)
+    return (1 - high) / (1 - guess) if low <= guess else 0
 
 # %% ../nbs/34_diagnosis.ipynb #34-034
 MODEL_CHECKS = (
     image_bounds,
     normalisation,
+    chance_accuracy,
     training_mode,
     random_answers,
     batch_dependence,

@@ -24,6 +24,7 @@ from genrobust.diagnosis import (
     ModelCase,
     binarisation,
     binary_problem,
+    chance_accuracy,
     cross_check,
     gradient_mismatch,
     inner_optimisation,
@@ -220,6 +221,33 @@ def test_bounds_that_are_not_those_of_the_images(linear, splits):
     assert inspect_model(lambda z: linear(z / 255), 255 * x, y, bounds=(0, 255), size='quick') == []
 
 
+def test_an_accuracy_of_guessing_is_told_on_whatever_labels(linear, splits):
+    x, y = images(splits, n=2 * N)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    answers = dict(
+        roll=lambda z: linear(z).roll(1, 1), dark=lambda z: linear(0 * z) + 0 * linear(z)
+    )
+    for model, labels in [(linear, y[order])] + [(model, y) for model in answers.values()]:
+        assert 'chance_accuracy' in names(inspect_model(model, x, labels, size='quick'))
+    mostly = torch.cat([(y == 3).nonzero()[:, 0]] * 6 + [(y == 4).nonzero()[:1, 0]])[:N]
+    for i in (mostly, mostly[:-1]):  # of two classes, of one
+        wrong = (linear(x[i]).argmax(1) + 1) % 10
+        assert 'chance_accuracy' in names(inspect_model(linear, x[i], wrong, size='quick'))
+
+
+def test_few_images_or_one_class_or_a_weak_model_raise_no_alarm(linear, splits):
+    x, y = splits.test
+    right = linear(x[:600]).argmax(1) == y[:600]
+    for c in range(10):
+        i = (y[:600] == c).nonzero()[: 2 * N, 0]
+        assert chance_accuracy(ModelCase(linear, x[i], y[i], size='quick')) is None
+    half = torch.cat([right.nonzero()[:N, 0], (~right).nonzero()[:N, 0]])
+    for i in [torch.arange(n, n + m) for n in range(20) for m in (1, 2, 3, N)] + [half]:
+        assert chance_accuracy(ModelCase(linear, x[i], y[i], size='quick')) is None
+    one = (~right).nonzero()[:3, 0]
+    assert math.isnan(chance_accuracy.measure(ModelCase(linear, x[one], y[one])))
+
+
 def test_gradients_are_counted_however_they_are_asked_for(linear, splits):
     x, y = images(splits)
 
@@ -239,6 +267,13 @@ def test_gradients_are_counted_however_they_are_asked_for(linear, splits):
             (g,) = grad_of(linear(inner).sum(), inner)
         return linear(z) + 0 * g.sum()
 
+    def by_inference(z):
+        with torch.inference_mode():
+            hidden = linear(z)
+        return weight * hidden  # "Inference tensors cannot be saved for backward"
+
+    weight = nn.Parameter(torch.ones(10))
+    assert names(inspect_model(by_inference, x, y, size='quick')) == ['no_gradient']
     before = torch.autograd.grad, torch.autograd.backward
     for model in (by_backward, by_function, by_name):
         assert names(inspect_model(model, x, y, size='quick')) == ['inner_optimisation']
