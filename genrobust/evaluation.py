@@ -821,11 +821,18 @@ class Evaluation:
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise ValueError(f'{folder} holds no evaluation, or a corrupt one ({e})') from e
 
-# %% ../nbs/19_evaluate.ipynb #19-050
+# %% ../nbs/19_evaluate.ipynb #19-050a
 class _Busy(Exception):
     "Other processes are at parts of an evaluation, and are not to be waited for"
 
 
+def _was_checked(folder):
+    "Whether a folder holds cautions, which a run without checks must not lose"
+    with suppress(ValueError):
+        return folder is not None and Evaluation.load(folder).warnings is not None
+    return False
+
+# %% ../nbs/19_evaluate.ipynb #19-050
 class _Parts:
     "Finished parts of an evaluation: in a folder, where a killed run finds them, or nowhere"
 
@@ -913,13 +920,6 @@ def _differs(name, one, other):
     if name != 'answers' or not a or not b:
         return a != b
     return len(a) != len(b) or not np.allclose(a, b, rtol=0, atol=1e-3 * np.abs(a).max())
-
-
-def _was_checked(folder):
-    "Whether a folder holds cautions, which a run without checks must not lose"
-    with suppress(ValueError):
-        return folder is not None and Evaluation.load(folder).warnings is not None
-    return False
 
 
 def _claim_folder(
@@ -1243,8 +1243,8 @@ def evaluate(
 ) -> Evaluation | None:  # None where it does not wait
     """How robust a model is, at most, and whether to believe it.
 
-    A folder is known by weights, answers, images and parameters but `batch_size`, on which no
-    number of an image depends; by the name alone of a function of random numbers not torch's.
+    A folder belongs to a model (by weights and answers; by its name, where random numbers that are
+    not torch's decide), images and parameters but `batch_size`, which changes no image's numbers.
     A `ValueError` for input that makes no sense, and for a folder of another evaluation."""
     own = dict(p=p, eps=eps, size=size, bounds=bounds, seed=seed, draws=draws)
     s = _prepare(model, x, y, images, logits_of, own | dict(batch_size=batch_size))
