@@ -7,8 +7,9 @@ __all__ = ['EFFORTS', 'MODEL_CHECKS', 'ATTACK_CHECKS', 'Caution', 'Effort', 'eff
            'no_gradient', 'zero_gradient', 'undefined_gradient', 'gradient_mismatch', 'saturation', 'undefined_answers',
            'probabilities', 'training_mode', 'answers_differ', 'random_answers', 'batch_dependence',
            'inner_optimisation', 'image_bounds', 'normalisation', 'chance_accuracy', 'inspect_model', 'AttackCase',
-           'black_box_beats_white_box', 'surrogate', 'transfer_beats_white_box', 'more_steps_help',
-           'unbounded_attack_fails', 'fgsm_beats_pgd', 'Readout', 'binary_problem', 'binarisation', 'cross_check']
+           'diameter', 'small_radius', 'black_box_beats_white_box', 'surrogate', 'transfer_beats_white_box',
+           'more_steps_help', 'unbounded_attack_fails', 'fgsm_beats_pgd', 'Readout', 'binary_problem', 'binarisation',
+           'cross_check']
 
 # %% ../nbs/34_diagnosis.ipynb #34-005
 import math
@@ -599,6 +600,23 @@ def _more_than_one_left(case):
 def _more_than_one_in_twenty(case):
     return max(0.05, _more_than_one(case))
 
+# %% ../nbs/34_diagnosis.ipynb #34-042
+def diameter(
+    x: Tensor,  # Images `[N,...]`
+    bounds: tuple,  # Of pixels, as for attacks
+    p: float,  # Norm: 1, 2 or inf
+) -> float:
+    "The largest distance between two images within bounds, of all N."
+    low, high = as_bounds(bounds, x)
+    width = torch.as_tensor(high - low, dtype=widest(x), device=x.device)
+    return norm(width.expand(*width.shape[:1] or (1,), *x.shape[1:]), p).max().item()
+
+
+@check(2000, 'give eps on the scale of bounds: 8 and not 8 / 255, if these are (0, 255)')
+def small_radius(case: AttackCase) -> float:
+    "The largest distance between two images within bounds over the radius"
+    return diameter(case.everything, case.given_bounds, case.p) / max(case.eps, 1e-30)
+
 # %% ../nbs/34_diagnosis.ipynb #34-044
 @check(_more_than_one, 'report the black-box result; find what masks the gradients')
 def black_box_beats_white_box(case: AttackCase) -> float:
@@ -770,6 +788,7 @@ def binarisation(case: AttackCase) -> float:
 
 # %% ../nbs/34_diagnosis.ipynb #34-054
 ATTACK_CHECKS = (
+    small_radius,
     black_box_beats_white_box,
     transfer_beats_white_box,
     more_steps_help,

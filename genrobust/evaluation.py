@@ -67,6 +67,7 @@ from genrobust.diagnosis import (
     Caution,
     ModelCase,
     answers_differ,
+    diameter,
     effort_for,
     no_gradient,
 )
@@ -984,14 +985,13 @@ def _check(p, eps, size, bounds, x):
     is_known = isinstance(size, str) and size in SIZES
     require(is_known, f'size must be one of {", ".join(SIZES)}, found {size!r}')
     x, p = within_bounds(x, bounds), float(p)
-    low, high = as_bounds(bounds, x)
-    width = torch.as_tensor(high - low, dtype=widest(x), device=x.device)
     if eps is None:
-        return [width.max().item() * r for r in RADII[p]], x
+        width = diameter(x, bounds, math.inf)
+        return [width * r for r in RADII[p]], x
     eps = eps.tolist() if hasattr(eps, 'tolist') else eps
     eps = list(eps) if isinstance(eps, Iterable) and not isinstance(eps, str) else [eps]
     require(len(eps) > 0, 'eps must be a radius or several, found none')
-    farthest = norm(width.expand(*width.shape[:1] or (1,), *x.shape[1:]), p).max().item()
+    farthest = diameter(x, bounds, p)
     text = f'reaches all images within bounds, as any {_NORMS[p]} distance from {farthest:g} on'
     for radius in eps:
         check_positive(eps=radius)
