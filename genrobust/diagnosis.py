@@ -247,6 +247,12 @@ def _or_zero(gradient, x):
     return torch.zeros_like(x) if gradient is None else gradient
 
 
+def _as_rounded(logits):
+    "Logits in a type of 16 bits, if all were rounded to it, as `autocast` does"
+    narrow = (logits.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return next((v for v in narrow if torch.equal(v.to(logits), logits)), logits)
+
+
 def _slopes(case, h, where=1, n=4):
     """By gradient and by symmetric differences along `n` random signs `[images,n]`, in the pixels
     `where` it is 1, and rounding"""
@@ -258,7 +264,7 @@ def _slopes(case, h, where=1, n=4):
         v = torch.randn(x.shape, generator=generator).sign().to(x) * where
         above, below = case.ask(x + h * v), case.ask(x - h * v)
         rise = margin(above, labels) - margin(below, labels)
-        noise = rounding_tolerance(above) + rounding_tolerance(below)
+        noise = rounding_tolerance(_as_rounded(above)) + rounding_tolerance(_as_rounded(below))
         found.append(torch.stack([(g * v).flatten(1).sum(1), rise / (2 * h), noise / (2 * h)]))
     return torch.stack(found, 2).cpu().double()
 

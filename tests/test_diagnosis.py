@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from copy import deepcopy
 from functools import cache
 from itertools import product
 
@@ -347,6 +348,12 @@ def test_half_precision_and_steep_models_raise_no_alarm(linear, splits):
     assert inspect_model(Linear().to(torch.bfloat16).eval(), x.bfloat16(), None, size='quick') == []
     for scale in (1e-6, 20.0):
         assert inspect_model(lambda z, s=scale: s * linear(z), x, y, size='quick') == []
+    for dtype in (torch.bfloat16, torch.float16):  # as by autocast
+        layer = deepcopy(linear).to(dtype)
+        assert (
+            inspect_model(lambda z, f=layer: f(z.to(f.layer.weight)).float(), x, y, size='quick')
+            == []
+        )
     shifted = ModelCase(lambda z: linear(z) - 1000, x, y, size='quick')
     assert gradient_mismatch(shifted) is None and saturation(shifted) is None
 
