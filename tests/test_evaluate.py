@@ -1003,7 +1003,9 @@ def test_batch_norm_in_training_mode_is_named():
     with pytest.raises(ValueError, match='cannot take images .* when training'):
         quick(net.train(), x, y)
     names = [caution.name for caution in diagnosis.inspect_model(net, x, y, size='quick')]
-    assert names == ['training_mode', 'batch_dependence']
+    # a gradient through the statistics of a batch is not that of one image, which may be named too
+    assert names[:2] == ['training_mode', 'batch_dependence']
+    assert set(names[2:]) <= {'gradient_mismatch'}
 
 
 def test_two_batches_are_no_pair_and_close_radii_are_two():
