@@ -6,15 +6,16 @@
 __all__ = ['EFFORTS', 'MODEL_CHECKS', 'ATTACK_CHECKS', 'Caution', 'Effort', 'effort_for', 'check', 'Seeded', 'ModelCase',
            'no_gradient', 'zero_gradient', 'undefined_gradient', 'gradient_mismatch', 'saturation', 'undefined_answers',
            'probabilities', 'training_mode', 'answers_differ', 'random_answers', 'batch_dependence',
-           'inner_optimisation', 'image_bounds', 'normalisation', 'inspect_model', 'AttackCase',
-           'black_box_beats_white_box', 'surrogate', 'transfer_beats_white_box', 'more_steps_help',
-           'unbounded_attack_fails', 'fgsm_beats_pgd', 'Readout', 'binary_problem', 'binarisation', 'cross_check']
+           'inner_optimisation', 'image_bounds', 'normalisation', 'chance_accuracy', 'inspect_model', 'AttackCase',
+           'diameter', 'small_radius', 'black_box_beats_white_box', 'surrogate', 'transfer_beats_white_box',
+           'more_steps_help', 'unbounded_attack_fails', 'fgsm_beats_pgd', 'Readout', 'binary_problem', 'binarisation',
+           'cross_check']
 
 # %% ../nbs/34_diagnosis.ipynb #34-005
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import cached_property, partial, wraps
 from inspect import signature
@@ -189,6 +190,11 @@ class ModelCase:
         signs = torch.randn(self.x.shape, generator=generator).sign().to(self.x)
         return (self.x + 0.1 * self.width * signs).clamp(self.low, self.high)
 
+    @cached_property
+    def predictions(self) -> Tensor:
+        "Classes `[n]` of the first images, at most 200."
+        return self.ask(self.everything[: min(2 * self.effort.images, 200)]).argmax(1)
+
     @property
     def width(self) -> float:
         "From the smallest to the largest value that a pixel may have."
@@ -241,6 +247,12 @@ def _or_zero(gradient, x):
     return torch.zeros_like(x) if gradient is None else gradient
 
 
+def _as_rounded(logits):
+    "Logits in a type of 16 bits, if all were rounded to it, as `autocast` does"
+    narrow = (logits.to(dtype) for dtype in (torch.bfloat16, torch.float16))
+    return next((v for v in narrow if torch.equal(v.to(logits), logits)), logits)
+
+
 def _slopes(case, h, where=1, n=4):
     """By gradient and by symmetric differences along `n` random signs `[images,n]`, in the pixels
     `where` it is 1, and rounding"""
@@ -252,7 +264,7 @@ def _slopes(case, h, where=1, n=4):
         v = torch.randn(x.shape, generator=generator).sign().to(x) * where
         above, below = case.ask(x + h * v), case.ask(x - h * v)
         rise = margin(above, labels) - margin(below, labels)
-        noise = rounding_tolerance(above) + rounding_tolerance(below)
+        noise = rounding_tolerance(_as_rounded(above)) + rounding_tolerance(_as_rounded(below))
         found.append(torch.stack([(g * v).flatten(1).sum(1), rise / (2 * h), noise / (2 * h)]))
     return torch.stack(found, 2).cpu().double()
 
@@ -389,7 +401,7 @@ def _gradient_calls():
 @check(0, 'attack the model without the loop, and the loop by differentiating through its steps')
 def inner_optimisation(case: ModelCase) -> float:
     "How often the model asks for a gradient within one forward pass"
-    with _gradient_calls() as calls, torch.enable_grad():
+    with _gradient_calls() as calls, torch.enable_grad(), suppress(NoGradientError):
         ask(case.view, case.x[:2])
     return len(calls)
 
@@ -409,29 +421,52 @@ def _rescaled(case, x):
     return {name: v for name, v in scales.items() if not torch.allclose(v, x)}
 
 
+def _are_few(n):
+    "Whether no two rates of so many images can be told apart by their 95 % intervals"
+    return wilson(0, n)[1] >= wilson(n, n)[0]
+
+
 @check(0, 'wrap the model so that it takes images within bounds: Normalized(model, mean, std)')
 def normalisation(case: ModelCase) -> float:
     """Accuracy that is gained where images come on another scale (0 to 1, 0 to 255, -1 to 1, or
     normalised), if the 95 % intervals do not overlap"""
-    n = min(2 * case.effort.images, 200, len(case.everything))
-    if wilson(0, n)[1] >= wilson(n, n)[0]:  # too few images to tell any two rates apart
+    n = len(case.predictions)
+    if _are_few(n):
         return math.nan
-    x, y = case.everything[:n], case.labels[:n]
 
-    def interval(images):
-        hits = (case.ask(images).argmax(1) == y).sum().item()
+    def interval(predictions):
+        hits = (predictions == case.labels[:n]).sum().item()
         return hits / n, *wilson(hits, n)
 
-    own, _, most = interval(x)
+    own, _, most = interval(case.predictions)
     if most >= wilson(n, n)[0]:  # no other scale could do so much better
         return 0
-    others = [interval(images) for images in _rescaled(case, x).values()]
+    scaled = _rescaled(case, case.everything[:n]).values()
+    others = [interval(case.ask(images).argmax(1)) for images in scaled]
     return max([rate - own for rate, least, _ in others if least > most], default=0)
+
+# %% ../nbs/34_diagnosis.ipynb #34-030b
+@check(0.5, 'look at the labels, the order of classes, and what the model expects of images')
+def chance_accuracy(case: ModelCase) -> float:
+    """Where the accuracy may be that of guessing: of what a perfect model gains over guessing, the
+    share that is lacking even at the upper end of the 95 % interval. Guessing predicts each class
+    as often as the model does, whatever the image"""
+    n, n_classes = len(case.predictions), case.logits.shape[1]
+    if _are_few(n):
+        return math.nan
+    y, predicted = case.labels[:n].cpu(), case.predictions.cpu()
+    shares = [torch.bincount(v, minlength=n_classes).double() / n for v in (y, predicted)]
+    guess = (shares[0] @ shares[1]).item()
+    if (shares[0] == 1).any():  # of one label any accuracy is that of guessing
+        guess = 1 / n_classes
+    low, high = wilson((predicted == y).sum().item(), n)
+    return (1 - high) / (1 - guess) if low <= guess else 0
 
 # %% ../nbs/34_diagnosis.ipynb #34-034
 MODEL_CHECKS = (
     image_bounds,
     normalisation,
+    chance_accuracy,
     training_mode,
     random_answers,
     batch_dependence,
@@ -570,6 +605,23 @@ def _more_than_one_left(case):
 
 def _more_than_one_in_twenty(case):
     return max(0.05, _more_than_one(case))
+
+# %% ../nbs/34_diagnosis.ipynb #34-042
+def diameter(
+    x: Tensor,  # Images `[N,...]`
+    bounds: tuple,  # Of pixels, as for attacks
+    p: float,  # Norm: 1, 2 or inf
+) -> float:
+    "The largest distance between two images within bounds, of all N."
+    low, high = as_bounds(bounds, x)
+    width = torch.as_tensor(high - low, dtype=widest(x), device=x.device)
+    return norm(width.expand(*width.shape[:1] or (1,), *x.shape[1:]), p).max().item()
+
+
+@check(2000, 'give eps on the scale of bounds: 8 and not 8 / 255, if these are (0, 255)')
+def small_radius(case: AttackCase) -> float:
+    "The largest distance between two images within bounds over the radius"
+    return diameter(case.everything, case.given_bounds, case.p) / max(case.eps, 1e-30)
 
 # %% ../nbs/34_diagnosis.ipynb #34-044
 @check(_more_than_one, 'report the black-box result; find what masks the gradients')
@@ -742,6 +794,7 @@ def binarisation(case: AttackCase) -> float:
 
 # %% ../nbs/34_diagnosis.ipynb #34-054
 ATTACK_CHECKS = (
+    small_radius,
     black_box_beats_white_box,
     transfer_beats_white_box,
     more_steps_help,

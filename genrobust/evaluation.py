@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -67,6 +67,7 @@ from genrobust.diagnosis import (
     Caution,
     ModelCase,
     answers_differ,
+    diameter,
     effort_for,
     no_gradient,
 )
@@ -676,7 +677,7 @@ class Evaluation:
     settings: dict  # Model, images and parameters
     # What each check measured: a number, or in words why it could not
     evidence: dict[str, float | str] = field(default_factory=dict)
-    images_checked: int = 0  # Most images that a check met
+    images_checked: int = 0  # Fewest images that one of these met
 
     @property
     def curve(self) -> "'pd.DataFrame'":
@@ -727,7 +728,7 @@ class Evaluation:
         open_ = {k: why for k, why in self.evidence.items() if isinstance(why, str)}
         n = len(self.evidence) - len(open_)
         if n:
-            yield f'{n} checks measured something, on at most {self.images_checked} images'
+            yield f'{n} checks measured something, each on at least {self.images_checked} images'
         for why in dict.fromkeys(open_.values()):
             yield f'not checked, {why}: {", ".join(k for k in open_ if open_[k] == why)}'
 
@@ -821,6 +822,17 @@ class Evaluation:
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise ValueError(f'{folder} holds no evaluation, or a corrupt one ({e})') from e
 
+# %% ../nbs/19_evaluate.ipynb #19-050a
+class _Busy(Exception):
+    "Other processes are at parts of an evaluation, and are not to be waited for"
+
+
+def _was_checked(folder):
+    "Whether a folder holds cautions, which a run without checks must not lose"
+    with suppress(ValueError):
+        return folder is not None and Evaluation.load(folder).warnings is not None
+    return False
+
 # %% ../nbs/19_evaluate.ipynb #19-050
 class _Parts:
     "Finished parts of an evaluation: in a folder, where a killed run finds them, or nowhere"
@@ -840,6 +852,11 @@ class _Parts:
         "Of a part; None where nothing is kept."
         return None if self.folder is None else self.folder / 'parts' / f'{name}.safetensors'
 
+    def stored(self, name: str) -> tuple[dict, dict] | None:
+        "Tensors and metadata of a part; None where it has no file, or a corrupt one."
+        with suppress(FileNotFoundError, ValueError):
+            return load_tensors(self.file(name) or '')
+
     def do(
         self,
         name: str,  # Of the part, and of its file
@@ -848,8 +865,8 @@ class _Parts:
     ) -> dict:
         "What it computes, or what its file holds."
         file = self.file(name)
-        if file and file.exists():
-            tensors, about = load_tensors(file)
+        if stored := self.stored(name):
+            tensors, about = stored
             self.skip(worth)
         else:
             begun, found = time.perf_counter(), compute()
@@ -865,12 +882,15 @@ class _Parts:
         return about | {k: v.to(self.device) for k, v in tensors.items()}
 
     def claimed(self, names: Mapping, wait: bool):
-        "Values, by the names of parts, as this process may work on them."
+        "Values, by the names of parts, as this process may work on them; `_Busy` if not on all."
         if self.folder is None:
             yield from names.values()
-        else:
-            files = {self.file(name): value for name, value in names.items()}
-            yield from map(files.get, claimed(files, wait))
+            return
+        files = {self.file(name): value for name, value in names.items()}
+        for file in claimed(list(files), wait):
+            yield files.pop(file)
+        if files:
+            raise _Busy
 
     def tell(self, worth: float) -> None:
         "That so many of the expected seconds are done."
@@ -964,16 +984,19 @@ def _check(p, eps, size, bounds, x):
     require(p in tuple(_NORMS), f'p must be 1, 2 or inf, found {p!r}')
     is_known = isinstance(size, str) and size in SIZES
     require(is_known, f'size must be one of {", ".join(SIZES)}, found {size!r}')
-    x = within_bounds(x, bounds)
+    x, p = within_bounds(x, bounds), float(p)
     if eps is None:
-        low, high = as_bounds(bounds, x)
-        width = torch.as_tensor(high - low).max().item()
-        eps = [width * r for r in RADII[p]]
+        width = diameter(x, bounds, math.inf)
+        return [width * r for r in RADII[p]], x
     eps = eps.tolist() if hasattr(eps, 'tolist') else eps
     eps = list(eps) if isinstance(eps, Iterable) and not isinstance(eps, str) else [eps]
     require(len(eps) > 0, 'eps must be a radius or several, found none')
+    farthest = diameter(x, bounds, p)
+    text = f'reaches all images within bounds, as any {_NORMS[p]} distance from {farthest:g} on'
     for radius in eps:
         check_positive(eps=radius)
+        advice = 'give it on their scale, for (0, 1) such as 8 / 255 and not 8'
+        require(radius < farthest, f'eps = {radius:g} {text}: {advice}')
     return sorted({float(radius) for radius in eps}), x
 
 # %% ../nbs/19_evaluate.ipynb #19-071s1
@@ -1032,8 +1055,8 @@ def _seconds_of_checks(subject, rates):
     )
 
 # %% ../nbs/19_evaluate.ipynb #19-072a
-def _plan(subject, has_usable_gradient):
-    "Jobs on the white box, and on averages"
+def _plan(subject):
+    "Jobs on the white box, and on averages; queries are spare where there is a gradient"
     s, size = subject, SIZES[subject.size]
     steps = size.steps if hasattr(s.model, 'per_class_logits') else math.inf
     white, average = [], []
@@ -1042,7 +1065,7 @@ def _plan(subject, has_usable_gradient):
         white = _white_box_jobs(s.p, s.radii, s.size, steps)
     if s.is_white_box and s.p > 1:
         queries = _black_box_jobs(s.p, s.radii, size.queries)
-        white += [job._replace(is_spare=has_usable_gradient) for job in queries]
+        white += [job._replace(is_spare=s.is_differentiable) for job in queries]
     if s.is_random:
         average = _average_jobs(s.p, s.radii, s.size, s.is_differentiable)
     return white, average
@@ -1076,17 +1099,15 @@ def _duration(seconds):
 
 # %% ../nbs/19_evaluate.ipynb #19-074
 def _attack(subject, parts, predictions, plan, rates, wait):
-    "The nearest adversarial examples and averages, or None; whether no other process is at some"
+    "The nearest adversarial examples, and averages; None in place of what there is not"
     white, average = plan
     nearest = _Nearest(subject, parts, predictions, white) if subject.is_white_box else None
     averages = _Averages(subject, parts, nearest, average) if subject.is_random else None
-    done = 0
     chunks = {f'chunk-{c:04}': c for c in range(len(subject.chunks))}
     for c in parts.claimed(chunks, wait):
         for attacker in filter(None, (nearest, averages)):
             attacker.attack(c, rates)
-        done += 1
-    return nearest, averages, done == len(chunks)
+    return nearest, averages
 
 # %% ../nbs/19_evaluate.ipynb #19-074s1
 def _attack_case(subject, nearest, averages, robust):
@@ -1124,14 +1145,20 @@ def _judged(check, case):
 
 # %% ../nbs/19_evaluate.ipynb #19-074s3
 def _judge(parts, checks, case, seconds, wait):
-    "What checks found, by name, but for those that other processes are at"
+    "What checks found, by name"
     found, names = {}, {f'check-{check.__name__}': check for check in checks}
     for check in parts.claimed(names, wait):
         name = check.__name__
         parts.begin(name.replace('_', ' '))
         judged, worth = partial(_judged, check, case), seconds.get(name, 0)
         found[name] = parts.do(f'check-{name}', judged, worth)
-    return {c.__name__: found[c.__name__] for c in checks if c.__name__ in found}
+    return {check.__name__: found[check.__name__] for check in checks}
+
+
+def _images_checked(found):
+    "The fewest that a check met which measured something"
+    met = [of['images'] for of in found.values() if not isinstance(of['evidence'], str)]
+    return min(met, default=0)
 
 
 def _cautions(found, nearest, averages):
@@ -1158,30 +1185,25 @@ def _prepare(model, x, y, images, logits_of, own):
     return _Subject(net, x, y.to(x.device), **own)
 
 # %% ../nbs/19_evaluate.ipynb #19-076s1
-def _run(subject, parts, predictions, wait, checks):
-    """Checks, the plan, attacks, and checks of these: what an `Evaluation` consists of; None where
-    other processes are at parts of it"""
+def _run(subject, parts, predictions, plan, wait, checks):
+    "Checks, the plan, attacks, and checks of these: what an `Evaluation` consists of"
     s, found = subject, {}
     if checks:
         case = cache(partial(ModelCase, s.inspected, s.x, s.y, s.bounds, s.seed, s.size))
-        found = _judge(parts, MODEL_CHECKS, case, {}, True)
-    is_masked = any('gradient' in name and of['caution'] for name, of in found.items())
-    plan = _plan(s, s.is_differentiable and not is_masked)
+        found = _judge(parts, MODEL_CHECKS, case, {}, wait)
+    if any('gradient' in name and of['caution'] for name, of in found.items()):
+        plan = [job._replace(is_spare=False) for job in plan[0]], plan[1]
     rates = _seconds_of_passes(s.model, s.x)
     seconds = _seconds_of_checks(s, rates) if checks else {}
     expected = _expected(s, *plan, rates) + sum(seconds.values())
     for line in _describe(s, *plan, expected):
         parts.say(line)
     with parts.watched(expected):
-        nearest, averages, is_whole = _attack(s, parts, predictions, plan, rates, wait)
-        if not is_whole:
-            return None
+        nearest, averages = _attack(s, parts, predictions, plan, rates, wait)
         robust, scores = _robust(s, nearest, averages)
         if checks:
             case = cache(partial(_attack_case, s, nearest, averages, robust))
             found |= _judge(parts, ATTACK_CHECKS, case, seconds, wait)
-            if len(found) < len(MODEL_CHECKS + ATTACK_CHECKS):
-                return None
     clean = (predictions == s.y).cpu().double()
     if averages:
         clean = 1 - torch.cat([share for _, share in sorted(averages.clean.items())])
@@ -1190,13 +1212,14 @@ def _run(subject, parts, predictions, wait, checks):
         robust=robust,
         warnings=_cautions(found, nearest, averages) if checks else None,
         evidence={name: of['evidence'] for name, of in found.items()},
-        images_checked=max((of['images'] for of in found.values()), default=0),
+        images_checked=_images_checked(found),
         result=nearest and nearest.within().to('cpu'),
         distance=nearest and nearest.distance.cpu(),
         scores=scores,
     )
 
 # %% ../nbs/19_evaluate.ipynb #19-078
+@torch.inference_mode(False)
 def evaluate(
     model: Callable,  # Images to logits: a module in eval mode, or a function
     # Images `[N,...]` within `bounds`, or a pair, Dataset or DataLoader of images and labels
@@ -1214,24 +1237,25 @@ def evaluate(
     batch_size: int | None = None,  # Images attacked at once; default 256
     folder: str | Path | None = None,  # Where an ended run goes on, and processes share work
     wait: bool = True,  # For what other processes are at in `folder`
-    checks: bool = True,  # Look for signs that speak against the result
+    checks: bool = True,  # Look for signs against the result; if `folder` holds such, anyway
     progress: bool = True,  # Show the plan, and a bar
     say: Callable | None = None,  # Told the plan; default: `print`, where there is a bar
 ) -> Evaluation | None:  # None where it does not wait
     """How robust a model is, at most, and whether to believe it.
 
+    A folder belongs to a model (by weights and answers; by its name, where random numbers that are
+    not torch's decide), images and parameters but `batch_size`, which changes no image's numbers.
     A `ValueError` for input that makes no sense, and for a folder of another evaluation."""
     own = dict(p=p, eps=eps, size=size, bounds=bounds, seed=seed, draws=draws)
     s = _prepare(model, x, y, images, logits_of, own | dict(batch_size=batch_size))
     predictions = s.predictions()
-    about = _about(s, model, sum(_plan(s, s.is_differentiable), []))
+    plan = _plan(s)
+    about = _about(s, model, sum(plan, []))
     parts = _Parts(_claim_folder(folder, about), s.x.device, progress, say)
-    with warnings.catch_warnings():  # gradients that are not finite are a caution
-        warnings.simplefilter('ignore', RuntimeWarning)
-        found = _run(s, parts, predictions, wait, checks)
-    if found is None:
-        return None
-    report = Evaluation(**found, passes=parts.passes, seconds=parts.seconds, settings=about)
-    if folder is not None:
-        report.save(folder)
-    return report
+    with suppress(_Busy), warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)  # of gradients not finite: a caution
+        found = _run(s, parts, predictions, plan, wait, checks or _was_checked(folder))
+        report = Evaluation(**found, passes=parts.passes, seconds=parts.seconds, settings=about)
+        if folder is not None:
+            report.save(folder)
+        return report

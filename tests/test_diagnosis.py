@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from copy import deepcopy
 from functools import cache
 from itertools import product
 
@@ -24,11 +25,13 @@ from genrobust.diagnosis import (
     ModelCase,
     binarisation,
     binary_problem,
+    chance_accuracy,
     cross_check,
     gradient_mismatch,
     inner_optimisation,
     inspect_model,
     saturation,
+    small_radius,
 )
 from genrobust.evaluation import evaluate, worst_case
 from genrobust.models import load_pretrained
@@ -114,7 +117,7 @@ def test_each_deceiver_is_named_for_what_it_does(evaluated, name):
 def test_there_is_no_false_alarm_on_small_honest_models(evaluated, name):
     report = evaluated(name)
     assert report.warnings == []
-    assert sum(isinstance(of, float) for of in report.evidence.values()) >= 18, report.evidence
+    assert sum(isinstance(of, float) for of in report.evidence.values()) >= 20, report.evidence
 
 
 @pytest.mark.parametrize('name', AROUND_LINEAR)
@@ -220,6 +223,48 @@ def test_bounds_that_are_not_those_of_the_images(linear, splits):
     assert inspect_model(lambda z: linear(z / 255), 255 * x, y, bounds=(0, 255), size='quick') == []
 
 
+def test_an_accuracy_of_guessing_is_told_on_whatever_labels(linear, splits):
+    x, y = images(splits, n=2 * N)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    answers = dict(
+        roll=lambda z: linear(z).roll(1, 1), dark=lambda z: linear(0 * z) + 0 * linear(z)
+    )
+    for model, labels in [(linear, y[order])] + [(model, y) for model in answers.values()]:
+        assert 'chance_accuracy' in names(inspect_model(model, x, labels, size='quick'))
+    mostly = torch.cat([(y == 3).nonzero()[:, 0]] * 6 + [(y == 4).nonzero()[:1, 0]])[:N]
+    for i in (mostly, mostly[:-1]):  # of two classes, of one
+        wrong = (linear(x[i]).argmax(1) + 1) % 10
+        assert 'chance_accuracy' in names(inspect_model(linear, x[i], wrong, size='quick'))
+
+
+def test_few_images_or_one_class_or_a_weak_model_raise_no_alarm(linear, splits):
+    x, y = splits.test
+    right = linear(x[:600]).argmax(1) == y[:600]
+    for c in range(10):
+        i = (y[:600] == c).nonzero()[: 2 * N, 0]
+        assert chance_accuracy(ModelCase(linear, x[i], y[i], size='quick')) is None
+    half = torch.cat([right.nonzero()[:N, 0], (~right).nonzero()[:N, 0]])
+    for i in [torch.arange(n, n + m) for n in range(20) for m in (1, 2, 3, N)] + [half]:
+        assert chance_accuracy(ModelCase(linear, x[i], y[i], size='quick')) is None
+    one = (~right).nonzero()[:3, 0]
+    assert math.isnan(chance_accuracy.measure(ModelCase(linear, x[one], y[one])))
+
+
+@pytest.mark.parametrize('p, eps', [(1, 12), (2, 0.5), (math.inf, 8 / 255)])
+def test_a_radius_that_is_not_to_scale_is_told(linear, splits, p, eps):
+    x, y = images(splits)
+
+    def caution(model, x, eps, bounds=(0, 1)):
+        result = random_noise(model, x, y, eps=1e-3, bounds=bounds)
+        return small_radius(AttackCase(model, result, p, eps, bounds, size='quick'))
+
+    bounds = torch.zeros_like(x), torch.full_like(x, 255.0)
+    found = caution(lambda z: linear(z / 255), 255 * x, eps, bounds)
+    assert found.evidence == pytest.approx(255 * 784 ** (1 / p) / eps, rel=1e-6)
+    assert caution(lambda z: linear(z / 255), 255 * x, 255 * eps, bounds) is None
+    assert caution(linear, x, eps / 4) is None
+
+
 def test_gradients_are_counted_however_they_are_asked_for(linear, splits):
     x, y = images(splits)
 
@@ -239,6 +284,13 @@ def test_gradients_are_counted_however_they_are_asked_for(linear, splits):
             (g,) = grad_of(linear(inner).sum(), inner)
         return linear(z) + 0 * g.sum()
 
+    def by_inference(z):
+        with torch.inference_mode():
+            hidden = linear(z)
+        return weight * hidden  # "Inference tensors cannot be saved for backward"
+
+    weight = nn.Parameter(torch.ones(10))
+    assert names(inspect_model(by_inference, x, y, size='quick')) == ['no_gradient']
     before = torch.autograd.grad, torch.autograd.backward
     for model in (by_backward, by_function, by_name):
         assert names(inspect_model(model, x, y, size='quick')) == ['inner_optimisation']
@@ -296,6 +348,12 @@ def test_half_precision_and_steep_models_raise_no_alarm(linear, splits):
     assert inspect_model(Linear().to(torch.bfloat16).eval(), x.bfloat16(), None, size='quick') == []
     for scale in (1e-6, 20.0):
         assert inspect_model(lambda z, s=scale: s * linear(z), x, y, size='quick') == []
+    for dtype in (torch.bfloat16, torch.float16):  # as by autocast
+        layer = deepcopy(linear).to(dtype)
+        assert (
+            inspect_model(lambda z, f=layer: f(z.to(f.layer.weight)).float(), x, y, size='quick')
+            == []
+        )
     shifted = ModelCase(lambda z: linear(z) - 1000, x, y, size='quick')
     assert gradient_mismatch(shifted) is None and saturation(shifted) is None
 
