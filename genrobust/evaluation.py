@@ -985,18 +985,17 @@ def _check(p, eps, size, bounds, x):
     is_known = isinstance(size, str) and size in SIZES
     require(is_known, f'size must be one of {", ".join(SIZES)}, found {size!r}')
     x, p = within_bounds(x, bounds), float(p)
+    width = diameter(x, bounds, math.inf)
     if eps is None:
-        width = diameter(x, bounds, math.inf)
         return [width * r for r in RADII[p]], x
     eps = eps.tolist() if hasattr(eps, 'tolist') else eps
     eps = list(eps) if isinstance(eps, Iterable) and not isinstance(eps, str) else [eps]
     require(len(eps) > 0, 'eps must be a radius or several, found none')
-    farthest = diameter(x, bounds, p)
-    text = f'reaches all images within bounds, as any {_NORMS[p]} distance from {farthest:g} on'
     for radius in eps:
         check_positive(eps=radius)
-        advice = 'give it on their scale, for (0, 1) such as 8 / 255 and not 8'
-        require(radius < farthest, f'eps = {radius:g} {text}: {advice}')
+        text = f'eps = {radius:g} is more than the width of the bounds, {width:g}'
+        is_on_scale = p != math.inf or radius <= width
+        require(is_on_scale, f'{text}: give it on their scale, for (0, 1) such as 8 / 255')
     return sorted({float(radius) for radius in eps}), x
 
 # %% ../nbs/19_evaluate.ipynb #19-071s1
