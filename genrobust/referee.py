@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from . import __version__
 from .attacks.inputs import check_counts, check_range
 from .attacks.result import AttackResult, norm, require
-from .bench import PassCounter, machine
+from .bench import ADAPTERS, PassCounter, machine
 from .data import N_VALID, load_or_synthetic
 from .files import digest, read_rows, writable, write_rows, write_whole
 from .models import load_models, load_pretrained, pick_device, predict
@@ -161,27 +161,18 @@ def _ours_in_a_ball(name, **settings):
     return run
 
 # %% ../nbs/18_referee.ipynb #18-036
-def _adv_lib(name, settings):
-    "An attack of adversarial-library with `settings(p, passes)`"
+def _other(library, name, settings):
+    "An attack of another library, whose name may begin with the norm, with `settings(p, passes)`"
 
     def run(model, x, y, p, passes):
-        attacks = import_module('adv_lib.attacks')
-        home = attacks.auto_pgd if name == 'minimal_apgd' else attacks
-        return getattr(home, name)(model, x, y, **settings(p, passes))
+        attack = partial(ADAPTERS[library], name.format('L2' if p == 2 else 'LInf'))
+        found = attack(model, x, y, **settings(p, passes))
+        return found if isinstance(found, Tensor) else found[0]
 
     return run
 
 
-def _foolbox(name, settings):
-    "An attack of Foolbox, whose name may begin with the norm, with `settings(p, passes)`"
-
-    def run(model, x, y, p, passes):
-        foolbox = import_module('foolbox')
-        attack = getattr(foolbox.attacks, name.format('L2' if p == 2 else 'LInf'))
-        wrapped = foolbox.PyTorchModel(model, (0, 1), device=x.device)
-        return attack(**settings(p, passes))(wrapped, x, y, epsilons=None)[1]
-
-    return run
+_adv_lib, _foolbox = partial(_other, 'adv_lib'), partial(_other, 'foolbox')
 
 
 def _autoattack(name):
