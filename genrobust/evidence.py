@@ -34,6 +34,7 @@ from genrobust.attacks.inputs import (
     LogitsOf,
     as_labels,
     bounds_of,
+    check_choice,
     check_counts,
     check_inputs,
     check_model,
@@ -148,9 +149,9 @@ class Trial:
         detectors: dict[str, Detector] | None = None,  # Fitted and calibrated on the model
         sources: dict[str, nn.Module] | None = None,  # Models that examples are transferred from
     ):
-        require(p in (2, math.inf), f'p must be 2 or inf, found {p!r}')
+        check_choice((2, math.inf), p=p)
         check_positive(eps=eps)
-        require(size in BUDGETS, f'size must be one of {", ".join(BUDGETS)}, found {size!r}')
+        check_choice(BUDGETS, size=size)
         check_model(model)
         check_inputs(x)
         self.budget, self.size = BUDGETS[size], size
@@ -776,7 +777,7 @@ def measure_checks(
     say: Callable = print,  # Told what is done
 ) -> None:
     "Run all checks of models, one after another; what is in the files already is left out."
-    require(size in BUDGETS, f'size must be one of {", ".join(BUDGETS)}, found {size!r}')
+    check_choice(BUDGETS, size=size)
     folder = writable(folder)
     name, splits = ('given', splits) if splits is not None else load_or_synthetic()
     load = partial(load_pretrained, device=device)

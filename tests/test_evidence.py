@@ -396,7 +396,7 @@ def test_bad_input_is_told_before_the_model_is_asked(splits):
 
     x, y = splits.test.x[:N], splits.test.y[:N]
     for own, text in [
-        (dict(p=1), 'p must be 2 or inf, found 1'),
+        (dict(p=1), 'p must be one of 2, inf, found 1'),
         (dict(eps=0), 'eps must be above 0'),
         (dict(size='huge'), 'size must be one of quick, standard'),
     ]:
