@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .attacks.inputs import as_labels, check_counts, check_labels
+from .attacks.inputs import as_labels, check_choice, check_counts, check_labels
 from .attacks.result import AttackResult, require
 from .compat import renamed
 from .detection import REJECTED, Detector
@@ -95,7 +95,7 @@ class Averaged(AttackView):
         of: str = 'probabilities',  # A key of `AVERAGES`
         seed: int = 0,  # Of the draws
     ):
-        require(of in AVERAGES, f'of must be one of {", ".join(AVERAGES)}, found {of!r}')
+        check_choice(AVERAGES, of=of)
         require(
             isinstance(clf, BayesClassifier),
             f'expected a stochastic BayesClassifier, found {type(clf).__name__}',

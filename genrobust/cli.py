@@ -34,7 +34,7 @@ from .bench import bench
 from .data import DataError, Images, Splits, class_names, load
 from .detection import check_detect, detect, detected, evaded
 from .evaluation import RADII, SIZES, evaluate
-from .files import claimed, digest, load_tensors, writable, write_whole
+from .files import claimed, digest, load_tensors, writable, write_rows, write_whole
 from genrobust.models import (
     LOG_NORMALISER,
     build,
@@ -492,8 +492,6 @@ def _check_result(result, args):
 
 # %% ../nbs/27_cli.ipynb #27-018b
 def _detect(args):
-    import pandas as pd
-
     given, result = _given(args, detect), AttackResult.load(args.result)
     check_detect(**given)
     out = Path(args.result).with_suffix('.roc.csv') if args.out is None else Path(args.out)
@@ -510,7 +508,7 @@ def _detect(args):
         roc, evasion = detected(*of), _rate(evaded(*of))
         _say(f'{name:<16}{roc}; alpha {detector.alpha:.2f}; evasion rate {evasion}')
         curves.append(roc.to_frame().assign(detector=name))
-    write_whole(out, pd.concat(curves).to_csv(index=False, float_format='%.6g'))
+    write_rows(out, *curves)
     _say(f'{"written":<16}{_line(out)}')
 
 # %% ../nbs/27_cli.ipynb #27-018b2

@@ -9,6 +9,7 @@ __all__ = ['SEVERITIES', 'CORRUPTIONS', 'Corruption', 'list_corruptions', 'corru
 # %% ../nbs/40_corruptions.ipynb #40-005
 from collections.abc import Callable, Sequence
 from io import BytesIO
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from .attacks.inputs import check_model
 from .attacks.result import require
 from .data import Images, check_images
 from .detection import roc
-from .files import digest, writable, write_whole
+from .files import digest, read_rows, writable, write_rows
 from .models import LOG_NORMALISER, load_models, predict
 from .numerics import check_seed, derive_seed, fix_latents
 from .statistics import holm, mcnemar, wilson
@@ -231,44 +232,6 @@ def _answers(model, x, batch_size):
     log_px = logits.logsumexp(1) + LOG_NORMALISER if has_density else logits[:, 0] * torch.nan
     return logits.argmax(1).numpy(), log_px.numpy()
 
-# %% ../nbs/40_corruptions.ipynb #40-031
-def _read(file):
-    "Rows of a file by `measure`"
-    import pandas as pd
-
-    return pd.read_csv(file, dtype=dict(inputs=str, predictions=str))
-
-
-class _Rows:
-    "Rows of one model, in a file that is written whole whenever some are added"
-
-    def __init__(self, file, about):
-        import pandas as pd
-
-        self.file, self.about, self.frame = file, about, pd.DataFrame()
-        if file is None or not file.exists():
-            return
-        self.frame = _read(file)
-        for name in ('inputs', 'n', 'seed'):
-            others = set(self.frame[name]) - {about[name]}
-            text = f'{file} was measured with {name} = {others}, not {about[name]!r}'
-            require(not others, f'{text}; take another folder, or remove the file')
-
-    def missing(self, corruption, severities):
-        "Severities that are not measured yet"
-        if not len(self.frame):
-            return list(severities)
-        same = self.frame.latents.eq(self.about['latents']) & self.frame.corruption.eq(corruption)
-        return [s for s in severities if s not in set(self.frame.severity[same])]
-
-    def add(self, rows):
-        import pandas as pd
-
-        rows = pd.DataFrame([self.about | row for row in rows])
-        self.frame = pd.concat([self.frame, rows], ignore_index=True)
-        if self.file is not None:
-            write_whole(self.file, self.frame.to_csv(index=False, float_format='%.6g'))
-
 # %% ../nbs/40_corruptions.ipynb #40-032
 def _with_rates(frame):
     "Rows with `accuracy` and its 95 % interval from `low` to `high`"
@@ -286,7 +249,7 @@ def read_corruptions(
     files = sorted(Path(folder).glob('*.csv'))
     if not files:
         raise FileNotFoundError(f'no CSV file in {folder}: run measure(models, images, folder)')
-    return _with_rates(pd.concat([_read(file) for file in files], ignore_index=True))
+    return _with_rates(pd.concat(map(read_rows, files), ignore_index=True))
 
 # %% ../nbs/40_corruptions.ipynb #40-033
 def _named(models):
@@ -304,30 +267,30 @@ def _inputs(model, x, y):
     return digest({**weights, 'images.x': x, 'images.y': y})[:8]
 
 # %% ../nbs/40_corruptions.ipynb #40-034
-def _measure_missing(model, images, rows, asked, batch_size):
-    "Add what the rows of a model lack of (corruption, severities), a corruption at a time"
+def _missing(rows, latents, asked):
+    "Those (corruption, severity) of which a table has no row"
+    keys = ['latents', 'corruption', 'severity']
+    done = set(rows.reindex(columns=keys).itertuples(index=False, name=None))
+    return [pair for pair in asked if (latents, *pair) not in done]
+
+
+def _measured(model, images, pairs, seed, batch_size):
+    "A row for each (corruption, severity)"
     x, y = images.x, images.y.cpu().numpy()
-    missing = {name: rows.missing(name, severities) for name, severities in asked.items()}
-    if not any(missing.values()):
-        return
-    predictions, clean = _answers(model, x, batch_size)
-    for corruption, severities in missing.items():
-        new = []
-        for severity in severities:
-            changed = corrupt(x, corruption, severity, rows.about['seed']) if severity else x
-            predictions, log_px = _answers(model, changed, batch_size)
-            has_density = not np.isnan(log_px).all()
-            row = dict(
-                corruption=corruption,
-                severity=severity,
-                right=int((predictions == y).sum()),
-                l2=(changed - x).flatten(1).norm(dim=1).mean().item(),
-                log_px=log_px.mean(),
-                auroc=roc(-clean, -log_px).area if has_density else np.nan,
-                predictions=''.join(map(str, predictions)),
-            )
-            new.append(row)
-        rows.add(new)
+    clean = _answers(model, x, batch_size)[1] if pairs else None
+    for corruption, severity in pairs:
+        changed = corrupt(x, corruption, severity, seed) if severity else x
+        predictions, log_px = _answers(model, changed, batch_size)
+        has_density = not np.isnan(log_px).all()
+        yield dict(
+            corruption=corruption,
+            severity=severity,
+            right=int((predictions == y).sum()),
+            l2=(changed - x).flatten(1).norm(dim=1).mean().item(),
+            log_px=log_px.mean(),
+            auroc=roc(-clean, -log_px).area if has_density else np.nan,
+            predictions=''.join(map(str, predictions)),
+        )
 
 # %% ../nbs/40_corruptions.ipynb #40-035
 def measure(
@@ -350,18 +313,20 @@ def measure(
 
     images, named = check_images(*images, source='images'), _named(models)
     names = list(CORRUPTIONS) if corruptions is None else list(corruptions)
-    asked = dict(clean=[0]) | {name: list(severities) for name in names}
-    for name in names:
-        for severity in severities:
-            _strength(name, severity)
-    about = dict(n=len(images.x), seed=check_seed(seed), latents=check_seed(latents))
-    folder, tables = None if folder is None else writable(folder), []
+    asked = list(dict.fromkeys(product(names, severities)))
+    for pair in asked:
+        _strength(*pair)
+    seed, latents, tables = check_seed(seed), check_seed(latents), []
+    folder = None if folder is None else writable(folder)
     for name, model in named.items():
         check_model(model)
-        own = dict(model=name, inputs=_inputs(model, *images)) | about
-        rows = _Rows(None if folder is None else folder / f'{name}.csv', own)
-        _measure_missing(fix_latents(model, latents), images, rows, asked, batch_size)
-        tables.append(rows.frame)
+        about = dict(model=name, inputs=_inputs(model, *images), n=len(images.x), seed=seed)
+        file = None if folder is None else folder / f'{name}.csv'
+        rows = read_rows(file, **about)
+        missing = _missing(rows, latents, [('clean', 0), *asked])
+        for row in _measured(fix_latents(model, latents), images, missing, seed, batch_size):
+            rows = write_rows(file, rows, [about | dict(latents=latents) | row])
+        tables.append(rows)
     return _with_rates(pd.concat(tables, ignore_index=True))
 
 # %% ../nbs/40_corruptions.ipynb #40-040

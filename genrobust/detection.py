@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks.inputs import check_counts, check_finite, check_model
+from .attacks.inputs import check_choice, check_counts, check_finite, check_model
 from .attacks.result import require
 from .compat import renamed
 from .data import Images, Splits
@@ -566,9 +566,7 @@ def detected(
     joint_loss: bool | None = None,  # Read 'FGS' as 'FGS, joint loss'
 ) -> ROC:  # Of successful adversarial examples against clean images
     "What a detector detects of an attack, counted properly or with errata of the report."
-    require(
-        protocol in ('sound', 'report'), f"protocol must be 'sound' or 'report', found {protocol!r}"
-    )
+    check_choice(('sound', 'report'), protocol=protocol)
 
     def is_on(erratum):
         return protocol == 'report' if erratum is None else erratum

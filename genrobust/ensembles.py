@@ -18,7 +18,7 @@ from .attacks.boundary import deepfool
 from .attacks.core import of_images, one_vs_all
 from .attacks.engine import SHARED, run_attack
 from .attacks.gradient import apgd
-from .attacks.inputs import as_eps, check_inputs, check_range
+from .attacks.inputs import as_eps, check_choice, check_inputs, check_range
 from .attacks.lagrangian import alma
 from .attacks.penalty import carlini_wagner
 from .attacks.projection import fab
@@ -88,8 +88,8 @@ def ensemble(
     size: str = 'standard',  # 'quick', 'standard' or 'thorough'
 ) -> dict[str, Callable]:  # Attacks by name, the cheap ones first
     "What `worst_case` runs."
-    require(p in (1, 2, math.inf), f'p must be 1, 2 or inf, found {p!r}')
-    require(size in SIZES, f'size must be one of {", ".join(SIZES)}, found {size!r}')
+    check_choice((1, 2, math.inf), p=p)
+    check_choice(SIZES, size=size)
     within = {} if eps is None or p == 1 else _fixed_budget(p, eps, size)
     return within | _minimum_norm(p, size)
 

@@ -34,6 +34,7 @@ from genrobust.attacks.inputs import (
     LogitsOf,
     as_labels,
     bounds_of,
+    check_choice,
     check_counts,
     check_inputs,
     check_model,
@@ -57,7 +58,7 @@ from genrobust.diagnosis import (
 
 # %% ../nbs/41_checks.ipynb #41-005c
 from .ensembles import ensemble, worst_case
-from .files import digest, writable, write_whole
+from .files import digest, read_rows, writable, write_rows
 from .models import FixedNoise, load_models, load_pretrained
 from .numerics import derive_seed, fix_latents, no_tf32, seeded, widest
 from .statistics import wilson
@@ -148,9 +149,9 @@ class Trial:
         detectors: dict[str, Detector] | None = None,  # Fitted and calibrated on the model
         sources: dict[str, nn.Module] | None = None,  # Models that examples are transferred from
     ):
-        require(p in (2, math.inf), f'p must be 2 or inf, found {p!r}')
+        check_choice((2, math.inf), p=p)
         check_positive(eps=eps)
-        require(size in BUDGETS, f'size must be one of {", ".join(BUDGETS)}, found {size!r}')
+        check_choice(BUDGETS, size=size)
         check_model(model)
         check_inputs(x)
         self.budget, self.size = BUDGETS[size], size
@@ -742,28 +743,6 @@ BALLS = (math.inf, 0.1), (2, 1.0)  # Norm and radius
 def _norm_name(p):
     return 'linf' if p == math.inf else f'l{p:g}'
 
-
-def _read(file, about):
-    "Rows that are stored; a `ValueError` if they depend on something else"
-    import pandas as pd
-
-    if not file.exists():
-        return []
-    rows = pd.read_csv(file, dtype=dict(weights=str, data=str)).to_dict('records')
-    for name, value in about.items():
-        found = {row[name] for row in rows} - {value}
-        text = f'{file} holds checks of {name} {found}, not of {value!r}'
-        require(not found, f'{text}: name another folder, or remove the file')
-    return rows
-
-
-def _write(file, rows):
-    import pandas as pd
-
-    table = pd.DataFrame(rows)
-    table['eps'] = table.eps.map(repr)  # in full: it is compared
-    write_whole(file, table.to_csv(index=False, float_format='%.6g'))
-
 # %% ../nbs/41_checks.ipynb #41-055
 def _trial(clf, splits, sources, with_detectors, **own):
     "A model with what the checks compare it with"
@@ -798,7 +777,7 @@ def measure_checks(
     say: Callable = print,  # Told what is done
 ) -> None:
     "Run all checks of models, one after another; what is in the files already is left out."
-    require(size in BUDGETS, f'size must be one of {", ".join(BUDGETS)}, found {size!r}')
+    check_choice(BUDGETS, size=size)
     folder = writable(folder)
     name, splits = ('given', splits) if splits is not None else load_or_synthetic()
     load = partial(load_pretrained, device=device)
@@ -806,8 +785,8 @@ def measure_checks(
     for model, clf in load_models(models, load).items():
         file = folder / f'{model}.csv'
         about = dict(data=name, weights=digest(clf.state_dict())[:12], seed=seed)
-        rows = _read(file, about)
-        done = {tuple(row[k] for k in ('check', 'norm', 'eps', 'size')) for row in rows}
+        rows, keys = read_rows(file, **about), ['check', 'norm', 'eps', 'size']
+        done = set(rows.reindex(columns=keys).itertuples(index=False, name=None))
         for p, eps in balls:
             at = _norm_name(p), eps
             todo = [check for check in CHECKS if (check.__name__, *at, size) not in done]
@@ -816,8 +795,7 @@ def measure_checks(
             trial = todo and _trial(clf, splits, others, joint_attack in todo, **own)
             for check in todo:
                 row = dict(model=model, item=CHECKS[check], **_measured(check, trial)) | about
-                rows.append(row)
-                _write(file, rows)
+                rows = write_rows(file, rows, [row], exact=['eps'])
                 text = '{model}, {norm} {eps:g}: {check} {verdict}, {seconds:.0f} s'
                 say(text.format(**row))
 
@@ -833,8 +811,6 @@ def measure_transfer(
     seed: int = 0,  # Of random numbers and latents
 ) -> None:
     "The transfer matrix of models, in both norms; written again as a whole."
-    import pandas as pd
-
     check_counts(images=images)
     folder = writable(folder)
     test = (load_or_synthetic()[1] if splits is None else splits).test
@@ -842,4 +818,4 @@ def measure_transfer(
     for p, eps in balls:
         found = transfer_matrix(loaded, test.x[:images], test.y[:images], p=p, eps=eps, seed=seed)
         frames.append(found.assign(norm=_norm_name(p), eps=eps))
-    _write(folder / 'transfer.csv', pd.concat(frames))
+    write_rows(folder / 'transfer.csv', *frames, exact=['eps'])

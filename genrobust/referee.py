@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from . import __version__
 from .attacks.inputs import check_counts, check_range
 from .attacks.result import AttackResult, norm, require
-from .bench import PassCounter, machine
+from .bench import ADAPTERS, PassCounter, machine
 from .data import N_VALID, load_or_synthetic
-from .files import digest, writable, write_whole
+from .files import digest, read_rows, writable, write_rows, write_whole
 from .models import load_models, load_pretrained, pick_device, predict
 from .numerics import derive_seed, no_tf32, seeded, widest
 
@@ -161,27 +161,18 @@ def _ours_in_a_ball(name, **settings):
     return run
 
 # %% ../nbs/18_referee.ipynb #18-036
-def _adv_lib(name, settings):
-    "An attack of adversarial-library with `settings(p, passes)`"
+def _other(library, name, settings):
+    "An attack of another library, whose name may begin with the norm, with `settings(p, passes)`"
 
     def run(model, x, y, p, passes):
-        attacks = import_module('adv_lib.attacks')
-        home = attacks.auto_pgd if name == 'minimal_apgd' else attacks
-        return getattr(home, name)(model, x, y, **settings(p, passes))
+        attack = partial(ADAPTERS[library], name.format('L2' if p == 2 else 'LInf'))
+        found = attack(model, x, y, **settings(p, passes))
+        return found if isinstance(found, Tensor) else found[0]
 
     return run
 
 
-def _foolbox(name, settings):
-    "An attack of Foolbox, whose name may begin with the norm, with `settings(p, passes)`"
-
-    def run(model, x, y, p, passes):
-        foolbox = import_module('foolbox')
-        attack = getattr(foolbox.attacks, name.format('L2' if p == 2 else 'LInf'))
-        wrapped = foolbox.PyTorchModel(model, (0, 1), device=x.device)
-        return attack(**settings(p, passes))(wrapped, x, y, epsilons=None)[1]
-
-    return run
+_adv_lib, _foolbox = partial(_other, 'adv_lib'), partial(_other, 'foolbox')
 
 
 def _autoattack(name):
@@ -336,7 +327,7 @@ def read_referee(
 
     files = sorted(Path(folder).glob('*-*.csv'))
     require(len(files) > 0, f'no results of a referee in {folder}')
-    return pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    return pd.concat(map(read_rows, files), ignore_index=True)
 
 # %% ../nbs/18_referee.ipynb #18-056
 class _Job(NamedTuple):
@@ -366,16 +357,11 @@ class _Job(NamedTuple):
 # %% ../nbs/18_referee.ipynb #18-056b
 def _run_job(job, images, n, folder, say):
     "Attack the first `n` images, but for those that a file holds already, in parts"
-    import pandas as pd
-
     file, size = job.file(folder), 25 if hasattr(job.model, 'per_class_logits') else 50
-    parts = [pd.read_csv(file)] if file.exists() else []
-    done = sum(map(len, parts))
-    for start in range(done, n, size):
+    table = read_rows(file)
+    for start in range(len(table), n, size):
         begun, stop = time.perf_counter(), min(start + size, n)
-        parts.append(job.rows(images, start, stop))
-        table = pd.concat(parts, ignore_index=True)
-        write_whole(file, table.to_csv(index=False, float_format='%.6g'))
+        table = write_rows(file, table, job.rows(images, start, stop))
         say(f'{file.stem}: {stop} of {n} images, {time.perf_counter() - begun:.0f} s')
 
 # %% ../nbs/18_referee.ipynb #18-058

@@ -33,7 +33,7 @@ from .attacks.random_numbers import Keys, normal
 from .attacks.result import norm, require
 from .attacks.sphere import ddn
 from .data import load
-from .files import digest, writable, write_whole
+from .files import digest, read_rows, writable, write_rows
 from .models import BayesClassifier, load_models, load_pretrained, predict
 from .numerics import batch_for, check_seed, derive_seed, device_of, fix_latents, seeded
 from .statistics import wilson
@@ -181,40 +181,21 @@ def certified_accuracy(
         rows.append((radius, kept / n, *wilson(kept, n)))
     return pd.DataFrame(rows, columns=['radius', 'accuracy', 'low', 'high'])
 
-# %% ../nbs/39_smoothing.ipynb #39-060
-def _started(file, about):
-    "Rows that a file holds already; a `ValueError` if they depend on something else"
-    import pandas as pd
-
-    if not file.exists():
-        return pd.DataFrame()
-    rows = pd.read_csv(file, dtype=dict(model=str, weights=str, data=str))
-    for name, value in about.items():
-        found = rows[name].unique().tolist() if name in rows else None
-        text = f'{file} holds counts of {name} {found}, not of {value!r}'
-        require(found == [value], f'{text}: name another folder, or remove the file')
-    return rows
-
 # %% ../nbs/39_smoothing.ipynb #39-060s1
 def _measure(measure_part, models, sigmas, images, folder, where, **about):
     "A file for each model and sigma, which grows by 5 images at a time"
-    import pandas as pd
-
     folder, test = writable(folder), load(about['data'], where['root']).test
     named = load_models(models, partial(load_pretrained, device=where['device']))
     for (label, model), sigma in product(named.items(), map(float, sigmas)):
         check_positive(sigma=sigma)
         of_model = dict(model=label, weights=digest(model.state_dict())[:12], sigma=sigma)
         file, settings = folder / f'{label}-{sigma:g}.csv', about | of_model
-        table = _started(file, settings)
+        table = read_rows(file, **settings)
         for start in range(len(table), images, 5):
             begun, numbers = time.perf_counter(), torch.arange(start, min(start + 5, images))
             rows = measure_part(model, test.x[numbers], test.y[numbers], numbers, settings)
             of_image = dict(image=numbers.numpy(), y=test.y[numbers].numpy())
-            rows = pd.DataFrame(settings | of_image | rows)
-            table = pd.concat([table, rows], ignore_index=True)
-            full = table.assign(sigma=table.sigma.map(repr))  # it is compared
-            write_whole(file, full.to_csv(index=False, float_format='%.6g'))
+            table = write_rows(file, table, settings | of_image | rows, exact=['sigma'])
             seconds = time.perf_counter() - begun
             where['say'](f'{file.stem}: {len(table)} of {images} images, {seconds:.1f} s')
     return folder
@@ -261,8 +242,7 @@ def read_smoothing(
 
     files = sorted(Path(folder).glob('*.csv'))
     require(len(files) > 0, f'no tables in {folder}: run measure_smoothing first')
-    as_written = dict(dtype=dict(model=str, weights=str, data=str))
-    return pd.concat([pd.read_csv(file, **as_written) for file in files], ignore_index=True)
+    return pd.concat(map(read_rows, files), ignore_index=True)
 
 # %% ../nbs/39_smoothing.ipynb #39-070
 def predict_split(
@@ -295,8 +275,6 @@ def measure_split(
 ) -> Path:  # The folder
     """Classify images of which the encoder sees noise, the densities do, both or neither: a file
     `MODEL.csv` for each model, which is not measured again."""
-    import pandas as pd
-
     check_counts(images=images)
     folder, test = writable(folder), load(data, root).test
     x, y = test.x[:images], test.y[:images]
@@ -306,7 +284,7 @@ def measure_split(
         file, rows = folder / f'{label}.csv', []
         about = dict(data=data, model=label, weights=digest(model.state_dict())[:12])
         about |= dict(images=len(x), seed=seed)
-        if {0.0, *sigmas} <= set(_started(file, about).get('sigma', ())):
+        if {0.0, *sigmas} <= set(read_rows(file, **about).get('sigma', ())):
             continue
         for sigma, pair in [(0.0, (0, 0)), *((sigma, pair) for sigma in sigmas for pair in pairs)]:
             encoded, taken = (x + on * sigma * noise for on in pair)
@@ -316,7 +294,7 @@ def measure_split(
             correct = int((found == y).sum())
             rows.append(about | dict(sigma=sigma, **kinds, correct=correct))
             say(f'{file.stem}, sigma {sigma:g}, {" ".join(kinds.values())}: {correct} of {len(x)}')
-        write_whole(file, pd.DataFrame(rows).to_csv(index=False))
+        write_rows(file, rows, exact=['sigma'])
     return folder
 
 # %% ../nbs/39_smoothing.ipynb #39-064

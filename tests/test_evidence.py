@@ -365,13 +365,13 @@ def test_rows_of_other_sizes_stay_and_of_other_settings_are_refused(tmp_path, mo
         measure_checks(['cnn'], tmp_path, size=size, **own)
     rows = pd.read_csv(tmp_path / 'cnn.csv')
     assert rows['size'].tolist() == ['quick', 'standard'] and rows.eps.eq(8 / 255).all()
-    with pytest.raises(ValueError, match=r'holds checks of seed \{0\}, not of 1'):
+    with pytest.raises(ValueError, match=r'holds rows of seed \[0\], not of 1'):
         measure_checks(['cnn'], tmp_path, size='quick', seed=1, **own)
     (tmp_path / 'other').mkdir()
     save_model(CNN(seed=3), tmp_path / 'other/net.safetensors')
     save_model(CNN(seed=4), tmp_path / 'net.safetensors')
     measure_checks([tmp_path / 'net.safetensors'], tmp_path, size='quick', **own)
-    with pytest.raises(ValueError, match='holds checks of weights'):
+    with pytest.raises(ValueError, match='holds rows of weights'):
         measure_checks([tmp_path / 'other/net.safetensors'], tmp_path, size='quick', **own)
 
 
@@ -396,7 +396,7 @@ def test_bad_input_is_told_before_the_model_is_asked(splits):
 
     x, y = splits.test.x[:N], splits.test.y[:N]
     for own, text in [
-        (dict(p=1), 'p must be 2 or inf, found 1'),
+        (dict(p=1), 'p must be one of 2, inf, found 1'),
         (dict(eps=0), 'eps must be above 0'),
         (dict(size='huge'), 'size must be one of quick, standard'),
     ]:

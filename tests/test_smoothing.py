@@ -193,5 +193,5 @@ def test_all_measurements_take_a_bayes_classifier(weights, tmp_path):
         (0.5, 'noisy', 'noisy'),
     ]
     assert (table.images == 6).all() and table.correct.between(0, 6).all()
-    with pytest.raises(ValueError, match='holds counts of seed'):
+    with pytest.raises(ValueError, match='holds rows of seed'):
         measure_split([weights['bayes']], [0.5], 6, folder=folders[1], seed=1, **how)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from .engine import BestNorm, attack
 from .gradient import unit
-from .inputs import check_counts, check_positive, check_range, within_bounds
+from genrobust.attacks.inputs import (
+    check_choice,
+    check_counts,
+    check_positive,
+    check_range,
+    within_bounds,
+)
 from .random_numbers import normal, uniform
 from .result import norm, per_image, require
 from .score_based import random_directions
@@ -173,7 +179,7 @@ def hop_skip_jump(
     start: Tensor | None = None,
 ):
     "HopSkipJump (Chen, Jordan and Wainwright, 2020, algorithm 2)."
-    require(p in (2, torch.inf), f'p must be 2 or inf, found {p!r}')
+    check_choice((2, torch.inf), p=p)
     check_counts(max_queries=max_queries, init_queries=init_queries, samples=samples)
     check_positive(gamma=gamma)
     check_range(0, math.inf, overshoot=overshoot)

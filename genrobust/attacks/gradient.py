@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .engine import AttackState, BestMargin, attack
-from .inputs import check_counts, check_positive, check_range
+from .inputs import check_choice, check_counts, check_positive, check_range
 from .pairs import PairMargin
 from .random_numbers import normal, uniform
 from .result import log_odds, margin, norm, per_image, require, within_reach
@@ -73,17 +73,13 @@ def dlr_loss(
 # %% ../../nbs/04_fgsm.ipynb #04-008z
 _losses = dict(ce=ce_loss, joint=joint_loss, dlr=dlr_loss, margin=margin_loss)
 
-
-def _check_loss(loss):
-    require(loss in _losses, f'loss must be one of {", ".join(_losses)}, found {loss!r}')
-
 # %% ../../nbs/04_fgsm.ipynb #04-014
 def unit(
     g: Tensor,  # `[B,...]`
     p: float,  # 2 or inf
 ) -> Tensor:  # `[B,...]`; 0 where the gradient is
     "The direction of steepest ascent of `p`-norm 1: g / ||g|| for p = 2, the sign for p = inf."
-    require(p in (2, torch.inf), f'p must be 2 or inf, found {p!r}')
+    check_choice((2, torch.inf), p=p)
     if p == torch.inf:
         return g.sign()
     return g / per_image(norm(g).clamp_min(torch.finfo(g.dtype).tiny), g)
@@ -98,7 +94,7 @@ class Ball:
         eps: float | Tensor,
         p: float,  # Norm: 2 or inf
     ):
-        require(p in (2, torch.inf), f'p must be 2 or inf, found {p!r}')
+        check_choice((2, torch.inf), p=p)
         eps = eps.item() if getattr(eps, 'shape', None) == () else eps
         if not isinstance(eps, Tensor):
             check_range(0, math.inf, eps=eps)
@@ -138,7 +134,7 @@ def project(
     p: float,  # Norm: 1, 2 or inf
 ) -> Tensor:  # `[B,...]`
     "The nearest perturbations within balls; for p = 1 by sorting (Duchi et al., 2008, figure 1)."
-    require(p in (1, 2, torch.inf), f'p must be 1, 2 or inf, found {p!r}')
+    check_choice((1, 2, torch.inf), p=p)
     if p == torch.inf:
         return delta.clamp(-eps, eps)
     radius = eps.flatten() if isinstance(eps, Tensor) else eps
@@ -163,7 +159,7 @@ def fgsm(
 ):
     "Fast Gradient Sign (Goodfellow, Shlens and Szegedy, 2015, section 4)."
     ball = Ball(eps, p)
-    _check_loss(loss)
+    check_choice(_losses, loss=loss)
 
     def solve(state):
         step = state.own(eps, state.all) * ball.steepest(state.start.gradient)
@@ -199,7 +195,7 @@ class _Ascent:
     total: ClassVar = 2.5  # Length of all steps, where no step size is given, in units of eps
 
     def __post_init__(self):
-        _check_loss(self.loss)
+        check_choice(_losses, loss=self.loss)
         check_counts(steps=self.steps, restarts=self.restarts)
         if self.step_size is None:
             self.step_size = self.total * self.ball.eps / self.steps

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['as_mask', 'as_json', 'as_rows', 'as_eps', 'as_bounds', 'bounds_of', 'within_bounds', 'Wrapped', 'EOT', 'LogitsOf',
-           'Normalized', 'Levels', 'check_counts', 'check_range', 'check_positive', 'check_inputs', 'as_labels',
-           'check_labels', 'check_targets', 'check_finite', 'is_training', 'check_model']
+           'Normalized', 'Levels', 'check_choice', 'check_counts', 'check_range', 'check_positive', 'check_inputs',
+           'as_labels', 'check_labels', 'check_targets', 'check_finite', 'is_training', 'check_model']
 
 # %% ../../nbs/33_inputs.ipynb #33-005
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import wraps
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -207,8 +207,7 @@ class EOT(Wrapped):
         of: str = 'losses',  # What the mean is taken of: 'losses' or 'probabilities'
     ):
         check_counts(draws=draws)
-        kinds = 'losses', 'probabilities'
-        require(of in kinds, f'of must be one of {", ".join(kinds)}, found {of!r}')
+        check_choice(('losses', 'probabilities'), of=of)
         super().__init__(model)
         self.draws, self.of = draws, of
 
@@ -324,6 +323,13 @@ class Levels(NamedTuple):
         return nearest
 
 # %% ../../nbs/33_inputs.ipynb #33-050
+def check_choice(choices: Collection, **values) -> None:
+    "Raise a `ValueError` unless each is one of the choices, or of the keys of a dictionary."
+    for name, value in values.items():
+        text = f'{name} must be one of {", ".join(map(str, choices))}, found {value!r}'
+        require(value in tuple(choices), text)
+
+
 def check_counts(**counts: int) -> None:
     "Raise a `ValueError` unless each is a whole number of at least 1."
     for name, value in counts.items():

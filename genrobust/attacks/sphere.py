@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .engine import AttackState, BestNorm, attack
 from .gradient import project, unit
-from .inputs import check_counts, check_positive, check_range
+from .inputs import check_choice, check_counts, check_positive, check_range
 from .pairs import PairMargin
 from .random_numbers import normal
 from .result import norm, per_image, require
@@ -56,7 +56,7 @@ class _Walk:
     is_sphere: bool = False  # Whether a perturbation is moved onto the sphere, from within it too
 
     def __post_init__(self):
-        require(self.p in (1, 2, math.inf), f'p must be 1, 2 or inf, found {self.p!r}')
+        check_choice((1, 2, math.inf), p=self.p)
         check_counts(steps=self.steps, refresh=self.refresh)
         check_range(0, 1, gamma=self.gamma)
         check_positive(gamma=self.gamma, step_size=self.step_size)
