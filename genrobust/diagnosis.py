@@ -43,6 +43,7 @@ from genrobust.attacks.inputs import (
     as_bounds,
     as_labels,
     bounds_of,
+    check_choice,
     check_inputs,
     check_labels,
     check_model,
@@ -99,8 +100,7 @@ def effort_for(
     "What checks of a model may spend; a `ValueError` for a size that is none."
     if isinstance(size, Effort):
         return size
-    is_known = isinstance(size, str) and size in EFFORTS
-    require(is_known, f'size must be one of {", ".join(EFFORTS)}, found {size!r}')
+    check_choice(EFFORTS, size=size)
     is_cheap = not hasattr(model, 'per_class_logits')
     return EFFORTS[size]._replace(images=EFFORTS[size].images // (1 if is_cheap else 2))
 
@@ -519,7 +519,7 @@ class AttackCase(ModelCase):
         seed: int = 0,  # Of random numbers, where the result has no seed of latents
         size: str | Effort = 'standard',  # A key of `EFFORTS`, or an effort of your own
     ):
-        require(p in (1, 2, math.inf), f'p must be 1, 2 or inf, found {p!r}')
+        check_choice((1, 2, math.inf), p=p)
         check_range(0, math.inf, eps=eps)
         seed = result.settings.get('noise_seed', seed)
         super().__init__(model, result.x, result.y, bounds, seed, size)

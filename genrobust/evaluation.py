@@ -46,6 +46,7 @@ from genrobust.attacks.inputs import (
     as_json,
     as_labels,
     bounds_of,
+    check_choice,
     check_counts,
     check_finite,
     check_inputs,
@@ -981,9 +982,8 @@ _COUNTS = {'one-shot': 'share', 'majority vote': 'majority', 'resubmission': 'wo
 # %% ../nbs/19_evaluate.ipynb #19-071
 def _check(p, eps, size, bounds, x):
     "Radii in ascending order, and images within bounds; a `ValueError` for what makes no sense"
-    require(p in tuple(_NORMS), f'p must be 1, 2 or inf, found {p!r}')
-    is_known = isinstance(size, str) and size in SIZES
-    require(is_known, f'size must be one of {", ".join(SIZES)}, found {size!r}')
+    check_choice(_NORMS, p=p)
+    check_choice(SIZES, size=size)
     x, p = within_bounds(x, bounds), float(p)
     width = diameter(x, bounds, math.inf)
     if eps is None:

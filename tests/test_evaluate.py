@@ -771,7 +771,7 @@ def test_the_plan_is_said_before_it_starts(checks, capsys):
 
 
 BAD = [
-    (dict(p=3), 'p must be 1, 2 or inf'),
+    (dict(p=3), 'p must be one of 1, 2, inf'),
     (dict(p='inf'), 'p must be'),
     (dict(eps=0), 'eps must be'),
     (dict(eps=(0.1, -1)), 'eps must be'),
