@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 
 from genrobust.attacks import apgd, fgsm, random_noise
 from genrobust.data import load_or_synthetic
-from genrobust.deceivers import EXPECTED, OF_TWO_CLASSES, Linear, deceivers, honest_models
+from genrobust.deceivers import EXPECTED, OF_TWO_CLASSES, Linear, deceiving_models, honest_models
 from genrobust.diagnosis import (
     ATTACK_CHECKS,
     EFFORTS,
@@ -49,7 +49,7 @@ def splits():
 
 @pytest.fixture(scope='module')
 def dishonest(splits):
-    return deceivers(splits.train.x[:2000], splits.train.y[:2000])
+    return deceiving_models(splits.train.x[:2000], splits.train.y[:2000])
 
 
 @pytest.fixture(scope='module')

@@ -593,11 +593,13 @@ def test_what_contributing_says_can_be_done(tmp_path):
 
 @pytest.mark.parametrize('name', MODULES)
 def test_public_functions_are_documented(name):
-    "A docstring for each; and no module is hidden by a function of its name"
+    "A docstring for each; and no module bears the name of a function"
     module = importlib.import_module(f'genrobust.{name}')
     package, _, own = f'genrobust.{name}'.rpartition('.')
     assert inspect.ismodule(getattr(importlib.import_module(package), own))
-    for public in getattr(module, '__all__', []):
+    names = getattr(module, '__all__', [])
+    assert own not in names
+    for public in names:
         value = getattr(module, public)
         if (
             inspect.isfunction(value)

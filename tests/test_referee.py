@@ -9,19 +9,19 @@ import torch
 from scipy.integrate import trapezoid
 from torch import nn
 
-from genrobust import referee as referees
+from genrobust import referee
 from genrobust.attacks import deepfool, pgd
 from genrobust.bench import PassCounter
 from genrobust.models import CNN, save_model
 from genrobust.referee import (
     CONTESTANTS,
     Contestant,
+    measure_optimality,
     measured_sizes,
     one_radius,
     optimality,
     optimality_table,
     read_referee,
-    referee,
     robustness_curve,
     run_contestant,
     smallest_eps,
@@ -161,13 +161,13 @@ def contestants(monkeypatch):
     some = {
         'genrobust.deepfool': CONTESTANTS['genrobust.deepfool'],
         'genrobust.fgsm': Contestant(
-            lambda model, x, y, p, n: referees.import_module('genrobust.attacks').fgsm(model, x, y),
+            lambda model, x, y, p, n: referee.import_module('genrobust.attacks').fgsm(model, x, y),
             ('linf',),
         ),
         'pandas.broken': Contestant(broken),
         'no_such_library.ddn': Contestant(broken),
     }
-    monkeypatch.setattr(referees, 'CONTESTANTS', some)
+    monkeypatch.setattr(referee, 'CONTESTANTS', some)
     return some
 
 
@@ -175,15 +175,15 @@ def test_a_run_that_was_ended_goes_on(contestants, tmp_path):
     save_model(CNN(hidden=8), tmp_path / 'small.safetensors')
     models, told = [str(tmp_path / 'small.safetensors')], []
     how = dict(out=str(tmp_path / 'results'), say=told.append, norms=['linf'])
-    folder = referee(models, images=6, attacks=['genrobust.fgsm'], **how)
+    folder = measure_optimality(models, images=6, attacks=['genrobust.fgsm'], **how)
     file = next(folder.glob('*fgsm*.csv'))
     before = file.read_text()
-    referee(models, images=10, **how)
+    measure_optimality(models, images=10, **how)
     assert file.read_text().startswith(before) and len(pd.read_csv(file)) == 10
     assert any('no_such_library.ddn is left out' in line for line in told)
     assert any('pandas.broken failed' in line and 'no luck' in line for line in told)
     told.clear()
-    referee(models, images=10, attacks=['genrobust.fgsm', 'genrobust.deepfool'], **how)
+    measure_optimality(models, images=10, attacks=['genrobust.fgsm', 'genrobust.deepfool'], **how)
     assert not [line for line in told if 'of 10 images' in line]  # nothing was left to do
     frame = read_referee(folder)
     assert set(frame.attack) == {'fgsm', 'deepfool'} and len(frame) == 20
@@ -195,10 +195,10 @@ def test_results_of_other_weights_are_not_mixed(contestants, tmp_path):
     path, how = tmp_path / 'small.safetensors', dict(out=str(tmp_path / 'results'), say=str)
     how |= dict(images=2, attacks=['genrobust.fgsm'], norms=['linf'])
     save_model(CNN(hidden=8), path)
-    referee([str(path)], **how)
+    measure_optimality([str(path)], **how)
     save_model(CNN(hidden=9), path)
     with pytest.raises(ValueError, match='other weights'):
-        referee([str(path)], **how)
+        measure_optimality([str(path)], **how)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_results_of_other_weights_are_not_mixed(contestants, tmp_path):
 )
 def test_senseless_input(given, text, tmp_path):
     with pytest.raises(ValueError, match=text):
-        referee(out=str(tmp_path / 'new'), **given)
+        measure_optimality(out=str(tmp_path / 'new'), **given)
     assert not (tmp_path / 'new').exists()
 
 
@@ -225,13 +225,13 @@ def test_no_results(tmp_path):
 @pytest.mark.parametrize('name', [n for n in CONTESTANTS if not n.startswith('genrobust.')])
 def test_other_libraries(name, plane):
     "Where they are installed: each finds adversarial examples of a small network"
-    if referees._version(name) is None:
+    if referee._version(name) is None:
         pytest.skip(f'{name} is not installed')
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 10)).eval().requires_grad_(False)
     x = torch.rand(5, 1, 4, 4)
     y = model(x).argmax(1)
     for norm_name in CONTESTANTS[name].norms:
-        found = run_contestant(name, model, x, y, referees.NORMS[norm_name], 200)
+        found = run_contestant(name, model, x, y, referee.NORMS[norm_name], 200)
         assert np.isfinite(found['size']).mean() >= 0.6, (name, norm_name, found)
         assert 0 < found['forwards'].mean() + found['backwards'].mean() < 600
