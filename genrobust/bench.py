@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'LIBRARIES', 'BENCHMARKS', 'count_flops', 'PassCounter', 'installed', 'Benchmark', 'run_benchmark',
-           'ranking', 'machine', 'bench', 'time_calls', 'product_rates', 'measure_limits', 'plain', 'compare_paths']
+           'ranking', 'machine', 'measure_benchmarks', 'time_calls', 'product_rates', 'measure_limits', 'plain',
+           'compare_paths']
 
 # %% ../nbs/26_speed.ipynb #26-005
 import json
@@ -55,6 +56,7 @@ __getattr__ = renamed(
     compete='run_benchmark',
     standings='ranking',
     Counted='PassCounter',
+    bench='measure_benchmarks',
 )
 
 # %% ../nbs/26_speed.ipynb #26-008
@@ -387,7 +389,7 @@ def _report(name, frame, say):
         say(f'{library} failed in {len(rows)} runs: {rows.error.iloc[0]}')
 
 # %% ../nbs/26_speed.ipynb #26-048c
-def bench(
+def measure_benchmarks(
     benchmarks: str = 'all',  # Names, with commas between, or 'all'
     out: str = 'results/bench',  # Folder to write to
     # Runs of every library, 1 or more; default: as many as a benchmark has

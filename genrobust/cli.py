@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from . import __version__, attacks
 from .attacks import AttackResult, one_vs_all, pgd, rescore
 from .attacks.autodiff import is_out_of_memory
-from .bench import bench
+from .bench import measure_benchmarks
 from .data import DataError, Images, Splits, class_names, load
 from .detection import check_detect, detect, detected, evaded
 from .evaluation import RADII, SIZES, evaluate
@@ -44,7 +44,7 @@ from genrobust.models import (
     pretrained_names,
     save_model,
 )
-from .referee import CONTESTANTS, MODELS, referee
+from .referee import CONTESTANTS, MODELS, measure_optimality
 from .results import ATTACKS, PRESETS, Preset, reproduce, tables, wilson
 from .training import fit, processes
 from .try_it import write_try_it
@@ -693,12 +693,12 @@ def _bench(args):
         if args.benchmarks != 'all' or args.rounds is not None:
             raise ValueError('--optimality takes no --benchmarks and no --rounds')
         given = {k: v for k, v in given.items() if k not in ('benchmarks', 'rounds')}
-        folder = referee(**own, **given, **place, say=_say)
+        folder = measure_optimality(**own, **given, **place, say=_say)
     else:
         extra = [f'--{name}' for name, value in own.items() if value is not None]
         if extra:
             raise ValueError(f'{", ".join(extra)} needs --optimality')
-        folder = bench(**given, **place, say=_say)
+        folder = measure_benchmarks(**given, **place, say=_say)
     _say(f'Written to {_line(folder)}')
 
 # %% ../nbs/27_cli.ipynb #27-018h
@@ -713,16 +713,20 @@ class _Renamed(argparse.Action):
 # %% ../nbs/27_cli.ipynb #27-018i
 def _add_bench(commands, common):
     about = 'time the attacks beside those of other libraries'
-    parser = commands.add_parser('bench', help=about, description=bench.__doc__)
+    parser = commands.add_parser('bench', help=about, description=measure_benchmarks.__doc__)
     parser.set_defaults(run=_bench)
-    _options(parser, bench, without=('out',))
+    _options(parser, measure_benchmarks, without=('out',))
     add = parser.add_argument
     add('--out').help = 'folder to write to (default: results/bench, or results/referee)'
     group = parser.add_argument_group(
         'optimality', 'instead of benchmarks: which attack finds least'
     )
     add = group.add_argument
-    add('--optimality', action='store_true', help=referee.__doc__.split('\n')[0].strip('.').lower())
+    add(
+        '--optimality',
+        action='store_true',
+        help=measure_optimality.__doc__.split('\n')[0].strip('.').lower(),
+    )
     add('--models', nargs='+', metavar='NAME').help = f'default: {" ".join(MODELS)}'
     add('--norms', nargs='+', metavar='NAME').help = 'l2 or linf (default: both)'
     add('--attacks', nargs='+', metavar='NAME').help = f'any of {", ".join(CONTESTANTS)}'

@@ -6,7 +6,7 @@
 __all__ = ['EXPECTED', 'OF_TWO_CLASSES', 'Linear', 'Wrapper', 'Softmax', 'Detached', 'Rounded', 'NanGradient', 'Noisy',
            'Saturated', 'FlatTanh', 'Vote', 'DropoutOn', 'BatchDetector', 'ExpectsBytes', 'ExpectsNormalised',
            'Purified', 'KWinners', 'TwoClasses', 'OneLogit', 'OneProbability', 'train_briefly', 'Block', 'tiny_resnet',
-           'TinyTransformer', 'tiny_mlp', 'deceivers', 'honest_models']
+           'TinyTransformer', 'tiny_mlp', 'deceiving_models', 'honest_models']
 
 # %% ../nbs/35_deceivers.ipynb #35-005
 import re
@@ -306,7 +306,7 @@ EXPECTED = dict(
 OF_TWO_CLASSES = 'two_classes', 'one_logit', 'one_probability', 'two_logits_mlp', 'one_logit_mlp'
 
 # %% ../nbs/35_deceivers.ipynb #35-034s1
-def deceivers(
+def deceiving_models(
     x: Tensor,  # Training images `[N,1,28,28]`; a few thousand are enough
     y: Tensor,  # Labels `[N]`, 0 to 9
 ) -> dict[str, nn.Module]:  # By the names of `EXPECTED`

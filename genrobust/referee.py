@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'CONTESTANTS', 'MODELS', 'robustness_curve', 'area', 'optimality', 'measured_sizes', 'Contestant',
-           'smallest_eps', 'one_radius', 'run_contestant', 'read_referee', 'optimality_table', 'referee']
+           'smallest_eps', 'one_radius', 'run_contestant', 'read_referee', 'optimality_table', 'measure_optimality']
 
 # %% ../nbs/18_referee.ipynb #18-005
 import json
@@ -320,7 +320,7 @@ _COLUMNS = 'model norm attack library version passes image size forwards backwar
 
 
 def read_referee(
-    folder: str | Path = 'results/referee',  # That `referee` wrote to
+    folder: str | Path = 'results/referee',  # That `measure_optimality` wrote to
 ) -> "'pd.DataFrame'":  # A row for each image, model, norm and contestant
     "All results in a folder; a `ValueError` if there are none."
     import pandas as pd
@@ -416,7 +416,7 @@ def _check_settings(folder, about):
     write_whole(file, json.dumps(about, indent=1, sort_keys=True) + '\n')
 
 # %% ../nbs/18_referee.ipynb #18-062
-def referee(
+def measure_optimality(
     models: Sequence[str] | None = None,  # Names or files of weights; default: `MODELS`
     norms: Sequence[str] | None = None,  # 'l2', 'linf'; default: both
     attacks: Sequence[str] | None = None,  # Keys of `CONTESTANTS`; default: all

@@ -162,7 +162,7 @@ def gradient_of(
 
 # %% ../../nbs/21_gradients.ipynb #21-009g
 class _NotReentrant:
-    "In place of PyTorch's reentrant checkpoints, which know gradients of weights alone"
+    "In place of PyTorch's reentrant checkpoints, which refuse `torch.autograd.grad`"
 
     @staticmethod
     def apply(function, preserve_rng_state, *args):
