@@ -30,6 +30,7 @@ STUDY := $(TWO) genrobust reproduce --preset standard
 BALLS := L2_0.5 L2_1 L2_2 Linf_0.02 Linf_0.05 Linf_0.1
 STRONG := $(foreach form,Restarted Targeted,$(foreach ball,$(BALLS),'$(form) APGD, $(subst _, ,$(ball))'))
 study: .venv/ready ## Measure what results/ holds of the study again, in a few hours on two cores
+	@awk -F '[:,]' '/"seconds"/ {took += $$2} END {printf "The results here took %.1f hours of a core\n", took / 3600}' $(foreach part,standard strong strong_bayes others,results/$(part)/settings.json)
 	$(STUDY) --models dfz gfz cnn cnn_at
 	$(STUDY) --models cnn cnn_at --attacks Carlini-Wagner $(STRONG) --test 200 --carlini-wagner 200 --out results/strong
 	$(STUDY) --models gfz --attacks Carlini-Wagner --test 200 --carlini-wagner 200 --out results/strong_bayes
