@@ -158,9 +158,12 @@ def pages():
             if cell.cell_type == 'markdown':
                 cell.source = unlink(cell.source)
             for output in cell.get('outputs', []):
-                if 'text/markdown' in output.get('data', {}):
-                    text = unlink(output.data['text/markdown'])
-                    output.data['text/markdown'] = upright(with_fields(text))
+                data = output.get('data', {})
+                if 'text/html' in data:  # for which Quarto loads scripts from elsewhere
+                    data['text/markdown'] = f'```{{=html}}\n{data.pop("text/html")}\n```'
+                elif 'text/markdown' in data:
+                    text = unlink(data['text/markdown'])
+                    data['text/markdown'] = upright(with_fields(text))
         nbformat.write(nb, path)
     gc.freeze()  # fifty shells of IPython collect garbage at exit, one after the other
 
