@@ -8,6 +8,7 @@ import shutil
 import sys
 from base64 import b64decode, b64encode
 from configparser import ConfigParser
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -20,10 +21,24 @@ SETTINGS = ConfigParser(delimiters=['='])
 SETTINGS.read(ROOT / 'settings.ini')
 SETTINGS = SETTINGS['DEFAULT']
 SITE = '{doc_host}{doc_baseurl}'.format(**SETTINGS)
+NOTEBOOKS = sorted((ROOT / 'nbs').glob('*.ipynb'))
+MODULES = [
+    path
+    for path in sorted((ROOT / 'genrobust').rglob('*.py'))
+    if path.name not in ('_modidx.py', '__init__.py', '__main__.py')
+]
+FENCE = re.compile('^```.*?^```', re.M | re.S)
 
 
+@cache
 def cells(path):
+    "Of a notebook; whoever changes one reads it anew"
     return nbformat.read(path, as_version=4).cells
+
+
+def parsed(cell):
+    "The statements of a cell, without commands of the shell and of IPython"
+    return ast.parse(re.sub(r'^[!%].*', '', cell.source, flags=re.M))
 
 
 def directives(cell):
@@ -109,9 +124,8 @@ def write_readme():
 
 def unlink(text):
     "Markdown without the links that nbdev writes into fenced code, where they are shown as they are"
-    fences = re.compile('^```.*?^```', re.M | re.S)
     link = re.compile(r'\[(`[^`\n]+`)\]\(https?://[^)\n]+\)')
-    return fences.sub(lambda fence: link.sub(r'\1', fence[0]), text)
+    return FENCE.sub(lambda fence: link.sub(r'\1', fence[0]), text)
 
 
 def declaration(source, name):

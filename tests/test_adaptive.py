@@ -1,10 +1,11 @@
 "Attacks made for Bayes classifiers and for detectors: what each view promises, on small models."
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from test_detection import Prototypes, model, splits  # the last two are fixtures
+from under_attack import Prototypes, made_up
 
 from genrobust.adaptive import (
     AVERAGES,
@@ -24,23 +25,13 @@ def small(name='GFZ'):
 
 
 @pytest.fixture(scope='module')
-def x(splits):
-    return splits.test.x[:6]
+def x(garments):
+    return garments.test.x[:6]
 
 
 @pytest.fixture(scope='module')
-def detectors(model, splits):
-    return fit_detectors(model, splits.train, splits.valid)
-
-
-def ready(clf):
-    "A detector that accepts everything"
-    detector = KLDetector(clf)
-    detector.statistics = dict(
-        usual=torch.full((10, 10), 0.1), mean=torch.zeros(10), std=torch.ones(10)
-    )
-    detector.threshold = 1e6
-    return detector
+def detectors(prototypes, garments):
+    return fit_detectors(prototypes, garments.train, garments.valid)
 
 
 def gradient(model, x, c=0):
@@ -78,28 +69,21 @@ def test_averages_stay_finite_where_probabilities_are_0_and_1():
         ), of
 
 
-@pytest.mark.parametrize(
-    'make, noise',
-    [
-        (lambda clf: Averaged(clf, 3), dict(seed=0, n_samples=2, draws=3, average='probabilities')),
-        (
-            lambda clf: Averaged(clf, 2, 'losses', 4),
-            dict(seed=4, n_samples=2, draws=2, average='losses'),
-        ),
-        (
-            lambda clf: FactorGradient(clf.fixed(1), 'xq'),
-            dict(seed=1, n_samples=2, draws=1, factors='xq'),
-        ),
-    ],
-    ids=['probabilities', 'losses', 'factors'],
+VIEWS = dict(
+    probabilities=(lambda clf: Averaged(clf, 3), dict(seed=0, draws=3, average='probabilities')),
+    losses=(lambda clf: Averaged(clf, 2, 'losses', 4), dict(seed=4, draws=2, average='losses')),
+    factors=(lambda clf: FactorGradient(clf.fixed(1), 'xq'), dict(seed=1, draws=1, factors='xq')),
 )
+
+
+@pytest.mark.parametrize('make, noise', VIEWS.values(), ids=VIEWS)
 def test_a_view_is_attacked_like_any_model(make, noise, x, tmp_path):
     "The same alone as in a batch (in float64, where no sign hangs on rounding), one gradient a step, and the record says what was attacked"
     view, x = make(small().double()), x.double()
     result = apgd(view, x, eps=0.2, steps=4)
     assert torch.allclose(result.x_adv[:2], apgd(view, x[:2], eps=0.2, steps=4).x_adv)
     assert (result.backwards == 4).all()
-    assert result.settings['noise'] == noise
+    assert result.settings['noise'] == noise | dict(n_samples=2)
     result.save(tmp_path / 'r')
     assert AttackResult.load(tmp_path / 'r').settings == json.loads(json.dumps(result.settings))
 
@@ -121,25 +105,25 @@ def test_gradients_through_the_factors_add_up(name, x):
 
 
 @pytest.mark.parametrize('kind', DETECTORS)
-def test_the_augmented_model_answers_what_its_detector_does(kind, model, detectors, splits):
+def test_the_augmented_model_answers_what_its_detector_does(kind, prototypes, detectors, garments):
     "On clean images, noisy ones and noise alone"
     images = torch.cat(
         [
-            splits.test.x,
-            random_noise(model, splits.test.x[:100], eps=0.5).x_adv,
+            garments.test.x,
+            random_noise(prototypes, garments.test.x[:100], eps=0.5).x_adv,
             torch.rand(50, 1, 28, 28, generator=torch.Generator().manual_seed(0)),
         ]
     )
-    answer = DetectorAugmented(model, detectors[kind])(images).argmax(1)
+    answer = DetectorAugmented(prototypes, detectors[kind])(images).argmax(1)
     assert torch.equal(answer.where(answer < 10, REJECTED), detectors[kind](images))
     assert {REJECTED} < set(detectors[kind](images).tolist())
 
 
-def test_the_gradient_leads_back_to_what_is_violated_alone(model, detectors, splits):
+def test_the_gradient_leads_back_to_what_is_violated_alone(prototypes, detectors, garments):
     "To the score where the margin is positive, to the margin where the slack is, to both where neither is"
-    detector, images = detectors['logit'], splits.test.x[:300]
-    logits = model(images)
-    view = DetectorAugmented(model, detector)
+    detector, images = detectors['logit'], garments.test.x[:300]
+    logits = prototypes(images)
+    view = DetectorAugmented(prototypes, detector)
     slack = detector.slack(logits)
     lead = logits - logits.amax(1, keepdim=True)
     for leads, passes in ((True, False), (False, True), (False, False)):
@@ -147,16 +131,16 @@ def test_the_gradient_leads_back_to_what_is_violated_alone(model, detectors, spl
         assert len(where.nonzero()) >= 3
         for n, c in where.nonzero()[:3].tolist():
             x = images[n : n + 1]
-            to_pass = gradient(model, x, c)
-            to_lead = gradient(model, x, c) - gradient(model, x, logits[n].argmax().item())
+            to_pass = gradient(prototypes, x, c)
+            to_lead = to_pass - gradient(prototypes, x, logits[n].argmax().item())
             assert torch.allclose(
                 gradient(view, x, c), to_pass * (not passes) + to_lead * (not leads), atol=1e-4
             )
 
 
-def test_slack_is_below_zero_where_a_class_would_be_rejected(model, detectors, splits):
+def test_slack_is_below_zero_where_a_class_would_be_rejected(prototypes, detectors, garments):
     for detector in detectors.values():
-        logits = model(splits.test.x[:50])
+        logits = prototypes(garments.test.x[:50])
         label = torch.arange(50) % 10
         slack = detector.slack(logits).gather(1, label[:, None]).squeeze(1)
         assert torch.equal(slack < 0, detector.judge(logits, label) > detector.threshold)
@@ -168,7 +152,7 @@ def test_slack_is_below_zero_where_a_class_would_be_rejected(model, detectors, s
     )
     assert torch.allclose(detectors['logit'].judge(logits, label), expected)
     with pytest.raises(ValueError, match='call calibrate first'):
-        LogitDetector(model).fit(splits.train).slack(logits)
+        LogitDetector(prototypes).fit(garments.train).slack(logits)
 
 
 @pytest.mark.parametrize(
@@ -181,15 +165,15 @@ def test_slack_is_below_zero_where_a_class_would_be_rejected(model, detectors, s
     ids=['apgd', 'deepfool', 'carlini_wagner'],
 )
 @pytest.mark.parametrize('kind', DETECTORS)
-def test_successes_are_accepted_as_their_target(kind, attack, model, detectors, splits):
-    x, y = splits.test.x[:10], model(splits.test.x[:10]).argmax(1)
-    result = attack_with_detector(attack, model, detectors[kind], x, y)
+def test_successes_are_accepted_as_their_target(kind, attack, prototypes, detectors, garments):
+    x, y = garments.test.x[:10], prototypes(garments.test.x[:10]).argmax(1)
+    result = attack_with_detector(attack, prototypes, detectors[kind], x, y)
     assert result.success.sum() >= 3
     assert torch.equal(detectors[kind](result.x_adv[result.success]), result.target[result.success])
     assert torch.equal(result.initially_wrong, detectors[kind](x) != y)
     assert torch.equal(
         result.target,
-        DetectorAugmented(model, detectors[kind])(x)[:, :10]
+        DetectorAugmented(prototypes, detectors[kind])(x)[:, :10]
         .scatter(1, y[:, None], -torch.inf)
         .argmax(1),
     )
@@ -198,10 +182,10 @@ def test_successes_are_accepted_as_their_target(kind, attack, model, detectors, 
     assert (share[result.success] == 1).all() and share[result.initially_wrong].isnan().all()
 
 
-def test_who_knows_the_detector_evades_it_more_often(model, detectors, splits):
-    x, y = splits.test.x[:40], splits.test.y[:40]
-    unaware = apgd(model, x, y, eps=0.5, steps=20)
-    aware = attack_with_detector(apgd, model, detectors['logit'], x, y, eps=0.5, steps=20)
+def test_who_knows_the_detector_evades_it_more_often(prototypes, detectors, garments):
+    x, y = garments.test.x[:40], garments.test.y[:40]
+    unaware = apgd(prototypes, x, y, eps=0.5, steps=20)
+    aware = attack_with_detector(apgd, prototypes, detectors['logit'], x, y, eps=0.5, steps=20)
     assert (
         evasion_rate(aware, detectors['logit'], draws=1).nanmean()
         > evasion_rate(unaware, detectors['logit'], draws=1).nanmean() + 0.2
@@ -210,7 +194,7 @@ def test_who_knows_the_detector_evades_it_more_often(model, detectors, splits):
 
 def test_a_stochastic_model_is_attacked_on_latents_of_the_given_seed(x):
     clf = small()
-    detector = ready(clf)
+    detector = made_up(clf, threshold=1e6)
     y = clf.fixed(3)(x).argmax(1)
     result = attack_with_detector(fgsm, clf, detector, x, y, seed=3, target=(y + 1) % 10)
     assert result.settings['noise']['seed'] == 3 and result.settings['noise']['detector'] == 'kl'
@@ -227,12 +211,12 @@ def test_a_stochastic_model_is_attacked_on_latents_of_the_given_seed(x):
     assert torch.equal(first, second) and torch.equal(torch.rand(3), expected)
 
 
-def test_every_draw_is_a_new_one_and_none_is_the_attacks(splits):
-    noisy = Prototypes(splits.train, noise=20.0).eval().requires_grad_(False)
+def test_every_draw_is_a_new_one_and_none_is_the_attacks(garments):
+    noisy = Prototypes(garments.train, noise=20.0)
     torch.manual_seed(0)
-    detector = KLDetector(noisy).fit(splits.train).calibrate(splits.valid)
+    detector = KLDetector(noisy).fit(garments.train).calibrate(garments.valid)
     share = evasion_rate(
-        random_noise(noisy, splits.test.x[:200], splits.test.y[:200], eps=0.1), detector, draws=10
+        random_noise(noisy, *garments.test.first(200), eps=0.1), detector, draws=10
     )
     assert ((share > 0) & (share < 1)).sum() >= 5
 
@@ -244,51 +228,42 @@ def test_every_draw_is_a_new_one_and_none_is_the_attacks(splits):
             return self.seen[-1]
 
     clf = Recorded('GFZ', latent=4, hidden=16, n_samples=2).eval().requires_grad_(False)
-    evasion_rate(random_noise(clf.fixed(0), splits.test.x[:3], eps=0.1), ready(clf), draws=2)
+    result = random_noise(clf.fixed(0), garments.test.x[:3], eps=0.1)
+    evasion_rate(result, made_up(clf, threshold=1e6), draws=2)
     assert len(clf.seen) == 2
     assert not torch.isin(
         clf.seen[0], torch.cat([clf.fixed(0).noise.flatten(), clf.seen[1].flatten()])
     ).any()
 
 
-def test_bad_input_is_one_clear_error(model, detectors, splits, x):
-    clf, y = small(), splits.test.y[:6]
+def test_bad_input_is_one_clear_error(prototypes, detectors, garments, x):
+    clf, y = small(), garments.test.y[:6]
+    half_done = LogitDetector(prototypes).fit(garments.train)
+    at = partial(attack_with_detector, apgd, prototypes)
     for act, message in [
-        (
-            lambda: Averaged(clf, 3, 'means'),
-            'of must be one of losses, probabilities, samples, logits',
-        ),
+        (lambda: Averaged(clf, 3, 'means'), 'losses, probabilities, samples, logits'),
         (lambda: DetectorAugmented(clf.fresh(), detectors['kl']), 'is stochastic'),
         (lambda: FactorGradient(small('DFX').fixed(0), 'x'), 'DFX has no others'),
         (lambda: FactorGradient(small('GFY').fixed(0), 'xy'), 'GFY has no others'),
         (lambda: DetectorAugmented(CNN().eval(), detectors['kl']), 'another network'),
-        (lambda: DetectorAugmented(Averaged(clf, 2), ready(clf)), 'log-densities'),
-        (
-            lambda: attack_with_detector(apgd, model, detectors['kl'], x, y, target=10),
-            'target must lie',
-        ),
-        (lambda: attack_with_detector(apgd, model, detectors['kl'], x, y + 9), 'y must lie'),
-        (lambda: attack_with_detector(apgd, model, detectors['kl'], x, None), 'y must be integers'),
+        (lambda: DetectorAugmented(Averaged(clf, 2), made_up(clf, 1e6)), 'log-densities'),
+        (lambda: at(detectors['kl'], x, y, target=10), 'target must lie'),
+        (lambda: at(detectors['kl'], x, y + 9), 'y must lie'),
+        (lambda: at(detectors['kl'], x, None), 'y must be integers'),
+        (lambda: at(detectors['kl'], x, y[:3]), 'y must be integers'),
+        (lambda: at(half_done, x, y), 'fitted and calibrated'),
         (lambda: Averaged(CNN().eval(), 3), 'expected a stochastic BayesClassifier'),
         (lambda: Averaged(clf.fixed(0), 3), 'expected a stochastic BayesClassifier'),
         (lambda: Averaged(clf, 0), 'draws'),
         (lambda: FactorGradient(clf, 'x'), 'is stochastic'),
-        (lambda: FactorGradient(model, 'x'), 'expected clf.fixed'),
+        (lambda: FactorGradient(prototypes, 'x'), 'expected clf.fixed'),
         (lambda: FactorGradient(clf.fixed(0), ''), 'factors must be some of'),
         (lambda: FactorGradient(clf.fixed(0), 'xw'), "found 'xw'"),
         (lambda: FactorGradient(clf.fixed(0), 3), 'factors must be'),
         (lambda: DetectorAugmented(clf, detectors['logit']), 'is stochastic'),
-        (lambda: DetectorAugmented(model, LogitDetector(model)), 'fitted and calibrated'),
-        (lambda: DetectorAugmented(model, model), 'fitted and calibrated'),
-        (
-            lambda: attack_with_detector(apgd, model, LogitDetector(model).fit(splits.train), x, y),
-            'fitted and calibrated',
-        ),
-        (
-            lambda: attack_with_detector(apgd, model, detectors['kl'], x, y[:3]),
-            'y must be integers',
-        ),
-        (lambda: evasion_rate(apgd(model, x, eps=0.1, steps=1), detectors['kl'], draws=0), 'draws'),
+        (lambda: DetectorAugmented(prototypes, LogitDetector(prototypes)), 'fitted and calibrated'),
+        (lambda: DetectorAugmented(prototypes, prototypes), 'fitted and calibrated'),
+        (lambda: evasion_rate(at(detectors['kl'], x, y, steps=1), detectors['kl'], 0), 'draws'),
         (lambda: evasion_rate(x, detectors['kl']), 'expected an AttackResult'),
     ]:
         with pytest.raises(ValueError, match=message):

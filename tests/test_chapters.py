@@ -3,18 +3,12 @@
 import ast
 import json
 import re
-from pathlib import Path
 
 import pytest
-from notebooks import ROOT, cells, directives
+from notebooks import MODULES, NOTEBOOKS, cells, directives, parsed
 
 REFERENCE = ['api', 'glossary', 'how_it_is_built', 'index', 'references', 'try_it']
-CHAPTERS = [p for p in sorted((ROOT / 'nbs').glob('*.ipynb')) if p.stem not in REFERENCE]
-MODULES = [
-    p
-    for p in sorted((ROOT / 'genrobust').rglob('*.py'))
-    if p.name not in ('_modidx.py', '__init__.py')
-]
+CHAPTERS = [path for path in NOTEBOOKS if path.stem not in REFERENCE]
 each_chapter = pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
 each_module = pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
 
@@ -60,7 +54,7 @@ def test_cells_are_short(path):
     for cell in cells(path):
         if cell.cell_type != 'code' or '! [' in cell.source:
             continue
-        body = ast.parse(re.sub(r'^[!%].*', '', cell.source, flags=re.M)).body
+        body = parsed(cell).body
         is_one = len(body) == 1 and isinstance(body[0], (ast.ClassDef, ast.FunctionDef))
         assert is_one or len(source_lines(cell)) <= 30, cell.source
 
@@ -96,13 +90,13 @@ def prose(path):
         if cell.cell_type == 'markdown':
             yield cell.source
             continue
-        for node in ast.walk(ast.parse(re.sub(r'^[!%].*', '', cell.source, flags=re.M))):
+        for node in ast.walk(parsed(cell)):
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
                 yield ast.get_docstring(node) or ''
         yield json.dumps([output.get('text', '') for output in cell.outputs])
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'nbs').glob('*.ipynb')), ids=lambda p: p.stem)
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_speaks_the_language_of_the_field(path):
     for text in prose(path):
         assert not re.search(IDIOMS, text), (re.search(IDIOMS, text)[0], text[:300])

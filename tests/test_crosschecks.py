@@ -20,7 +20,7 @@ def cnn():
 @pytest.fixture(scope='session')
 def images(cnn, fashion):
     "48 test images that the network gets right"
-    x, y = (v[:80] for v in fashion.test)
+    x, y = fashion.test.first(80)
     right = cnn(x).argmax(1) == y
     return Images(x[right][:48], y[right][:48])
 
@@ -78,7 +78,7 @@ def mean_l2(x_adv, x):
 def test_deepfool_on_gfz_is_no_farther_than_foolboxs(fashion):
     "With two samples of z, so that theirs takes seconds; the ten of the real model are in the chapter on DeepFool"
     model = load_pretrained('gfz', device='cpu').fixed(0, n_samples=2)
-    x, y = (v[:8] for v in fashion.test)
+    x, y = fashion.test.first(8)
     right = model(x).argmax(1) == y
     images = Images(x[right][:4], y[right][:4])
     theirs = by_foolbox(fb.attacks.L2DeepFoolAttack(), model, images, None)

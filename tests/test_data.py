@@ -101,14 +101,10 @@ def test_mnist_and_fashion_mnist_are_told_apart(archives, tmp_path):
         load('mnist', tmp_path)
 
 
-def test_mnist_is_read_where_it_is():
-    try:
-        splits = load('mnist', download=False)
-    except DataUnavailable:
-        pytest.skip('MNIST is not on disk')
-    assert [len(part.y) for part in splits] == [50_000, 10_000, 10_000]
+def test_mnist_is_read_where_it_is(mnist):
+    assert [len(part.y) for part in mnist] == [50_000, 10_000, 10_000]
     assert class_names('mnist')[3] == '3 - three'
-    assert splits.test.y[:5].tolist() == [7, 2, 1, 0, 4]
+    assert mnist.test.y[:5].tolist() == [7, 2, 1, 0, 4]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from under_attack import Prototypes, made_up
 
 from genrobust.attacks import AttackResult, fgsm, random_noise
-from genrobust.data import Images, Splits
+from genrobust.data import Images
 from genrobust.detection import (
     DETECTORS,
     REJECTED,
@@ -30,7 +31,6 @@ from genrobust.detection import (
 from genrobust.models import (
     CNN,
     BayesClassifier,
-    Classifier,
     NoDensityError,
     load_pretrained,
     load_tensors,
@@ -38,37 +38,9 @@ from genrobust.models import (
 )
 
 
-class Prototypes(Classifier):
-    "A Gaussian around the mean image of each class, stochastic where `noise` is not 0"
-
-    def __init__(self, images, noise=0.0):
-        super().__init__('prototypes', 10)
-        self.means = nn.Parameter(torch.stack([images.x[images.y == c].mean(0) for c in range(10)]))
-        self.noise = noise
-
-    def forward(self, x):
-        return -(x[:, None] - self.means).square().flatten(2).sum(2) + self.noise * torch.randn(
-            len(x), 10, device=x.device
-        )
-
-    @property
-    def has_density(self):
-        return True
-
-
 @pytest.fixture(scope='module')
-def splits(drawn):
-    return Splits(*[part.first(n) for part, n in zip(drawn, (600, 500, 500))])
-
-
-@pytest.fixture(scope='module')
-def model(splits):
-    return Prototypes(splits.train).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope='module')
-def noisy(splits):
-    return Prototypes(splits.train, noise=3.0).eval().requires_grad_(False)
+def noisy(garments):
+    return Prototypes(garments.train, noise=3.0)
 
 
 @pytest.mark.parametrize('name', ['gfz', 'dfz'])
@@ -92,60 +64,57 @@ def test_one_in_twenty_clean_images_is_rejected(name, fashion):
 
 @pytest.mark.parametrize('fpr', [0.01, 0.05, 0.2])
 @pytest.mark.parametrize('kind', DETECTORS.values(), ids=DETECTORS)
-def test_the_rate_asked_for_is_kept_on_validation_images(kind, fpr, noisy, splits):
-    detector = kind(noisy).fit(splits.train)
+def test_the_rate_asked_for_is_kept_on_validation_images(kind, fpr, noisy, garments):
+    detector = kind(noisy).fit(garments.train)
     torch.manual_seed(1)
-    detector.calibrate(splits.valid, fpr)
+    detector.calibrate(garments.valid, fpr)
     torch.manual_seed(1)
-    assert detector.rejects(splits.valid.x).sum() == int(fpr * 501) - 1
-    assert math.copysign(1, detector.alpha) == (
-        1 if kind is KLDetector else math.copysign(1, -detector.threshold)
-    )
+    assert detector.rejects(garments.valid.x).sum() == int(fpr * 501) - 1
 
 
-def test_one_pass_or_three_are_the_same_detectors(model, splits):
-    together = fit_detectors(model, splits.train, splits.valid, fpr=0.1)
+def test_one_pass_or_three_are_the_same_detectors(prototypes, garments):
+    together = fit_detectors(prototypes, garments.train, garments.valid, fpr=0.1)
     for name, kind in DETECTORS.items():
         alone = (
-            kind(model)
-            .fit(splits.train, batch_size=37)
-            .calibrate(splits.valid, fpr=0.1, batch_size=64)
+            kind(prototypes)
+            .fit(garments.train, batch_size=37)
+            .calibrate(garments.valid, fpr=0.1, batch_size=64)
         )
         assert repr(alone) == repr(together[name])
         assert torch.allclose(
-            alone.score(splits.test.x), together[name].score(splits.test.x), atol=1e-3
+            alone.score(garments.test.x), together[name].score(garments.test.x), atol=1e-3
         )
 
 
-def test_wrong_training_images_do_not_count_and_wrong_validation_images_do(model, splits):
-    right = model(splits.train.x).argmax(1) == splits.train.y
+def test_wrong_training_images_do_not_count_and_wrong_validation_images_do(prototypes, garments):
+    right = prototypes(garments.train.x).argmax(1) == garments.train.y
     assert 0 < right.sum() < len(right)
     whole, part = (
-        LogitDetector(model).fit(images)
-        for images in (splits.train, Images(*[v[right] for v in splits.train]))
+        LogitDetector(prototypes).fit(images)
+        for images in (garments.train, Images(*[v[right] for v in garments.train]))
     )
     assert torch.equal(whole.statistics['mean'], part.statistics['mean'])
-    permuted = Images(splits.valid.x, splits.valid.y.roll(1))
-    assert whole.calibrate(splits.valid).threshold == part.calibrate(permuted).threshold
+    permuted = Images(garments.valid.x, garments.valid.y.roll(1))
+    assert whole.calibrate(garments.valid).threshold == part.calibrate(permuted).threshold
 
 
-def test_learning_anew_forgets_the_threshold(model, splits):
-    detector = LogitDetector(model).fit(splits.train).calibrate(splits.valid)
+def test_learning_anew_forgets_the_threshold(prototypes, garments):
+    detector = LogitDetector(prototypes).fit(garments.train).calibrate(garments.valid)
     with pytest.raises(ValueError, match='call calibrate first'):
-        detector.fit(splits.train).rejects(splits.test.x)
+        detector.fit(garments.train).rejects(garments.test.x)
 
 
-def test_prediction_and_score_share_their_draw(noisy, splits):
+def test_prediction_and_score_share_their_draw(noisy, garments):
     "One call of the model for both, and for the label that comes of them"
-    detector = LogitDetector(noisy).fit(splits.train).calibrate(splits.valid)
+    detector = LogitDetector(noisy).fit(garments.train).calibrate(garments.valid)
     seen = []
     noisy.register_forward_hook(lambda module, args, logits: seen.append(logits))
-    prediction, score = detector.predict_and_score(splits.test.x, batch_size=500)
+    prediction, score = detector.predict_and_score(garments.test.x, batch_size=500)
     assert len(seen) == 1
     assert torch.equal(prediction, seen[0].argmax(1))
     assert torch.equal(score, detector.judge(seen[0]))
     torch.manual_seed(2)
-    labels = detector(splits.test.x, batch_size=500)
+    labels = detector(garments.test.x, batch_size=500)
     expected = seen[1].argmax(1).where(detector.judge(seen[1]) <= detector.threshold, REJECTED)
     assert len(seen) == 2
     assert torch.equal(labels, expected)
@@ -154,18 +123,18 @@ def test_prediction_and_score_share_their_draw(noisy, splits):
     noisy._forward_hooks.clear()
 
 
-def test_the_old_name_warns_and_works(model, splits):
-    detector = LogitDetector(model).fit(splits.train)
+def test_the_old_name_warns_and_works(prototypes, garments):
+    detector = LogitDetector(prototypes).fit(garments.train)
     with pytest.warns(DeprecationWarning, match='predict_and_score'):
-        prediction, score = detector.look(splits.test.x)
-    assert torch.equal(prediction, detector.predict_and_score(splits.test.x)[0])
-    assert torch.equal(score, detector.score(splits.test.x))
+        prediction, score = detector.look(garments.test.x)
+    assert torch.equal(prediction, detector.predict_and_score(garments.test.x)[0])
+    assert torch.equal(score, detector.score(garments.test.x))
 
 
-def test_scores_are_differentiable_for_those_who_attack_the_detector(model, splits):
-    for detector in fit_detectors(model, splits.train, splits.valid).values():
-        x = splits.test.x[:3].clone().requires_grad_()
-        (g,) = torch.autograd.grad(detector.judge(model(x)).sum(), x)
+def test_scores_are_differentiable_for_those_who_attack_the_detector(prototypes, garments):
+    for detector in fit_detectors(prototypes, garments.train, garments.valid).values():
+        x = garments.test.x[:3].clone().requires_grad_()
+        (g,) = torch.autograd.grad(detector.judge(prototypes(x)).sum(), x)
         assert g.isfinite().all() and g.abs().sum() > 0
 
 
@@ -179,20 +148,16 @@ def test_scores_are_differentiable_for_those_who_attack_the_detector(model, spli
         lambda: BayesClassifier('DBX', n_samples=2).fresh(),
     ],
 )
-def test_without_a_density_there_is_kl_alone(make, splits):
+def test_without_a_density_there_is_kl_alone(make, garments):
     clf = make().eval()
     for kind in (LogitDetector, MarginalDetector):
         with pytest.raises(NoDensityError, match='no density'):
             kind(clf)
-    detector = KLDetector(clf)
-    detector.statistics = dict(
-        usual=torch.full((10, 10), 0.1), mean=torch.zeros(10), std=torch.ones(10)
-    )
-    assert detector.score(splits.test.x[:20]).shape == (20,)
-    assert detector.score(splits.test.x[:20]).min() >= -1e-5
+    score = made_up(clf).score(garments.test.x[:20])
+    assert score.shape == (20,) and score.min() >= -1e-5
 
 
-def test_kl_is_finite_where_probabilities_are_zero(splits):
+def test_kl_is_finite_where_probabilities_are_zero(garments):
     detector = KLDetector(nn.Linear(2, 2))
     detector.statistics = dict(
         usual=torch.tensor([[0.9, 0.1], [0, 1]]), mean=torch.zeros(2), std=torch.ones(2)
@@ -207,8 +172,8 @@ def test_kl_is_finite_where_probabilities_are_zero(splits):
     )
 
 
-def test_bad_input_is_one_clear_error(model, splits, tmp_path):
-    images, fresh = splits.train, LogitDetector(model)
+def test_bad_input_is_one_clear_error(prototypes, garments, tmp_path):
+    images, fresh = garments.train, LogitDetector(prototypes)
 
     def scarce(n):
         return Images(
@@ -218,14 +183,14 @@ def test_bad_input_is_one_clear_error(model, splits, tmp_path):
 
     for act, message in [
         (lambda: fresh.score(images.x), 'call fit first'),
-        (lambda: fresh.calibrate(splits.valid), 'call fit first'),
+        (lambda: fresh.calibrate(garments.valid), 'call fit first'),
         (lambda: fresh.save(tmp_path / 'x'), 'call fit first'),
         (lambda: fresh.fit(scarce(0)), r'classes \[3\]'),
         (lambda: fresh.fit(images).rejects(images.x), 'call calibrate first'),
-        (lambda: fresh.calibrate(splits.valid.first(19)), 'at least 20 clean images, found 19'),
-        (lambda: fresh.calibrate(splits.valid.first(99), fpr=0.01), 'at least 100'),
-        (lambda: fit_detectors(model, images, splits.valid.first(19)), 'at least 20'),
-        (lambda: detect(model, {}, splits, n_valid=10), 'at least 20'),
+        (lambda: fresh.calibrate(garments.valid.first(19)), 'at least 20 clean images, found 19'),
+        (lambda: fresh.calibrate(garments.valid.first(99), fpr=0.01), 'at least 100'),
+        (lambda: fit_detectors(prototypes, images, garments.valid.first(19)), 'at least 20'),
+        (lambda: detect(prototypes, {}, garments, n_valid=10), 'at least 20'),
         (lambda: fresh.score(images.x * math.nan), 'NaN'),
         (lambda: fresh.fit(Images(images.x * math.nan, images.y)), 'NaN'),
         (lambda: fresh.fit(Images(images.x, images.y[:9])), 'a label for each of 600'),
@@ -238,29 +203,26 @@ def test_bad_input_is_one_clear_error(model, splits, tmp_path):
     assert not list(tmp_path.iterdir())
     for fpr in (0, 1, 1.5, math.nan, None):
         with pytest.raises(ValueError, match='between 0 and 1'):
-            fresh.calibrate(splits.valid, fpr=fpr)
+            fresh.calibrate(garments.valid, fpr=fpr)
 
 
 @pytest.mark.parametrize(
     'other', [lambda m, images: Prototypes(images.first(500)), lambda m, images: CNN()]
 )
-def test_a_saved_detector_serves_its_own_model_only(other, model, splits, tmp_path):
-    for name, detector in fit_detectors(model, splits.train, splits.valid).items():
+def test_a_saved_detector_serves_its_own_model_only(other, prototypes, garments, tmp_path):
+    for name, detector in fit_detectors(prototypes, garments.train, garments.valid).items():
         detector.save(tmp_path / name)
-        again = Detector.load(tmp_path / name, model)
+        again = Detector.load(tmp_path / name, prototypes)
         assert type(again) is type(detector)
         assert repr(again) == repr(detector)
-        assert torch.equal(again.rejects(splits.test.x), detector.rejects(splits.test.x))
+        assert torch.equal(again.rejects(garments.test.x), detector.rejects(garments.test.x))
         with pytest.raises(ValueError, match='fitted on another model'):
-            type(detector).load(tmp_path / name, other(model, splits.train))
+            type(detector).load(tmp_path / name, other(prototypes, garments.train))
 
 
 def test_noise_and_samples_belong_to_the_model_of_a_detector(tmp_path):
     clf = BayesClassifier('GFZ', hidden=20, n_samples=2).eval()
-    detector = KLDetector(clf.fixed(0))
-    detector.statistics = dict(
-        usual=torch.full((10, 10), 0.1), mean=torch.zeros(10), std=torch.ones(10)
-    )
+    detector = made_up(clf.fixed(0))
     detector.save(tmp_path / 'kl')
     assert repr(KLDetector.load(tmp_path / 'kl', clf.fixed(0))) == repr(detector)
     for other in (clf, clf.fixed(1), clf.fixed(0, n_samples=3), clf.averaged(2)):
@@ -268,12 +230,12 @@ def test_noise_and_samples_belong_to_the_model_of_a_detector(tmp_path):
             KLDetector.load(tmp_path / 'kl', other)
 
 
-def test_detect_scores_attacks_and_counts_what_should_count(model, splits):
+def test_detect_scores_attacks_and_counts_what_should_count(prototypes, garments):
     results = {
-        'FGS': fgsm(model, *splits.test.first(100), eps=0.05),
-        'noise': random_noise(model, *splits.test.first(50), eps=0.02),
+        'FGS': fgsm(prototypes, *garments.test.first(100), eps=0.05),
+        'noise': random_noise(prototypes, *garments.test.first(50), eps=0.02),
     }
-    found, frame = detect(model, results, splits, n_train=600, n_valid=500, n_clean=300)
+    found, frame = detect(prototypes, results, garments, n_train=600, n_valid=500, n_clean=300)
     assert frame.groupby('attack', sort=False).size().to_dict() == {
         'clean': 300,
         'FGS': 100,
@@ -300,18 +262,18 @@ def test_detect_scores_attacks_and_counts_what_should_count(model, splits):
         assert passed.sum() == (result.success & ~detector.rejects(result.x_adv)).sum()
 
 
-def test_the_clean_versions_of_other_images_are_not_guessed(model, splits):
-    later = fgsm(model, *(v[100:150] for v in splits.test), eps=0.05)
-    _, frame = detect(model, {'FGS': later}, splits, n_train=600, n_valid=100, n_clean=50)
+def test_the_clean_versions_of_other_images_are_not_guessed(prototypes, garments):
+    later = fgsm(prototypes, *(v[100:150] for v in garments.test), eps=0.05)
+    _, frame = detect(prototypes, {'FGS': later}, garments, n_train=600, n_valid=100, n_clean=50)
     assert (frame[frame.attack == 'FGS'].image == -1).all()
     with pytest.raises(ValueError, match='first test images'):
         detected(frame, 'FGS', 'kl', 0.0, alpha_on_batch=True)
 
 
-def test_detect_is_repeatable_and_leaves_random_numbers_alone(noisy, splits):
+def test_detect_is_repeatable_and_leaves_random_numbers_alone(noisy, garments):
     state = torch.random.get_rng_state()
     (_, one), (_, same), (_, another) = (
-        detect(noisy, {}, splits, n_train=600, n_valid=100, n_clean=50, seed=seed)
+        detect(noisy, {}, garments, n_train=600, n_valid=100, n_clean=50, seed=seed)
         for seed in (0, 0, 1)
     )
     assert one.equals(same)
@@ -319,11 +281,11 @@ def test_detect_is_repeatable_and_leaves_random_numbers_alone(noisy, splits):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_a_saved_attack_can_be_judged(model, splits, tmp_path):
-    result = fgsm(model, *splits.test.first(40), eps=0.05)
+def test_a_saved_attack_can_be_judged(prototypes, garments, tmp_path):
+    result = fgsm(prototypes, *garments.test.first(40), eps=0.05)
     result.save(tmp_path / 'fgsm.safetensors')
     frames = [
-        detect(model, {'fgsm': r}, splits, n_train=600, n_valid=100, n_clean=40)[1]
+        detect(prototypes, {'fgsm': r}, garments, n_train=600, n_valid=100, n_clean=40)[1]
         for r in (result, AttackResult.load(tmp_path / 'fgsm.safetensors'))
     ]
     assert frames[0].equals(frames[1])
@@ -425,12 +387,14 @@ def test_the_curve_is_that_of_scikit_learn():
 
 
 @pytest.mark.parametrize('name', DETECTORS)
-def test_a_file_with_other_values_than_a_detectors_is_one_error(name, model, splits, tmp_path):
+def test_a_file_with_other_values_than_a_detectors_is_one_error(
+    name, prototypes, garments, tmp_path
+):
     "As somebody could write one, its digest right"
     path = tmp_path / 'guard'
-    fit_detectors(model, splits.train, splits.valid)[name].save(path)
+    fit_detectors(prototypes, garments.train, garments.valid)[name].save(path)
     tensors, about = load_tensors(path)
-    Detector.load(path, model)
+    Detector.load(path, prototypes)
     wrong = [
         (tensors, {**about, key: value})
         for key in ('threshold', 'fpr')
@@ -460,11 +424,13 @@ def test_a_file_with_other_values_than_a_detectors_is_one_error(name, model, spl
     for values, metadata in wrong:
         save_tensors(path, values, **metadata)
         with pytest.raises(ValueError, match=str(path)):
-            Detector.load(path, model)
+            Detector.load(path, prototypes)
 
 
-def test_a_detector_keeps_what_it_was_given(model, splits, tmp_path):
+def test_a_detector_keeps_what_it_was_given(prototypes, garments, tmp_path):
     for fpr in (0.05, np.float32(0.25), Fraction(1, 3)):
-        detector = KLDetector(model).fit(splits.train).calibrate(splits.valid, fpr=fpr)
+        detector = KLDetector(prototypes).fit(garments.train).calibrate(garments.valid, fpr=fpr)
         detector.save(tmp_path / 'kl')
-        assert json.dumps(detector.fpr) and Detector.load(tmp_path / 'kl', model).fpr == float(fpr)
+        assert json.dumps(detector.fpr) and Detector.load(tmp_path / 'kl', prototypes).fpr == float(
+            fpr
+        )

@@ -1,19 +1,17 @@
 "What is claimed of the shipped weights, measured again on real images."
 
 import json
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+from notebooks import ROOT
 
 from genrobust.attacks import deepfool, fgsm
-from genrobust.data import DataError, Images, load
 from genrobust.detection import fit_detectors
 from genrobust.models import accuracy, digest, load_pretrained, pretrained_names
 from genrobust.results import PRESETS, wilson
 
-ROOT = Path(__file__).parent.parent
 both = pytest.mark.parametrize('name', ['gfz', 'dfz'])
 
 
@@ -42,26 +40,20 @@ LEAST = dict(  # test accuracy
 
 
 @pytest.mark.parametrize('name', pretrained_names())
-def test_accuracy_is_what_the_metadata_says(name, fashion):
+def test_accuracy_is_what_the_metadata_says(name, request):
     clf, n = load_pretrained(name, device='cpu'), 300
     said = clf.info['test_accuracy']
-    x, y = (v[:n] for v in (fashion if clf.info['data'] == 'fashion_mnist' else mnist()).test)
+    splits = 'fashion' if clf.info['data'] == 'fashion_mnist' else 'mnist'
+    x, y = request.getfixturevalue(splits).test.first(n)
     assert said >= LEAST[name]
     low, high = wilson(n * said, n)
     three_deviations = (high - low) / 2 * 1.5
     assert abs(accuracy(clf.fixed(0), x, y) - said) < max(three_deviations, 2.5 / n)
 
 
-def mnist():
-    try:
-        return load('mnist')
-    except DataError:
-        pytest.skip('MNIST is neither on disk nor to be downloaded')
-
-
 def test_deepfool_wins_on_every_image_on_its_own_noise(fashion):
     clf = load_pretrained('gfz', device='cpu').fixed(0)
-    x, y = (v[:90] for v in fashion.test)
+    x, y = fashion.test.first(90)
     with torch.no_grad():
         right = (clf(x).argmax(1) == y).nonzero().squeeze(1)[:64]
     result = deepfool(clf, x[right], y[right], batch_size=16)
@@ -71,9 +63,7 @@ def test_deepfool_wins_on_every_image_on_its_own_noise(fashion):
 @pytest.mark.parametrize('p', [2, torch.inf])
 def test_deepfool_is_not_stopped_by_the_box(p, fashion):
     "Foolbox's wins on one image in fifteen of this network"
-    result = deepfool(
-        load_pretrained('cnn_at', device='cpu'), *[v[:100] for v in fashion.test], p=p
-    )
+    result = deepfool(load_pretrained('cnn_at', device='cpu'), *fashion.test.first(100), p=p)
     assert result.success.sum() > 0.85 * result.attacked.sum()
 
 
@@ -103,7 +93,7 @@ def test_the_published_table_is_measured_again(label, attack, n, name, fashion):
     rows = pd.read_csv(ROOT / 'results/standard/images.csv').query(
         'model==@name and attack==@label and image<@n'
     )
-    x, y = (v[:n] for v in fashion.test)
+    x, y = fashion.test.first(n)
     again = attack(load_pretrained(name, device='cpu'), x, y, seed=0).to_frame()
     assert len(rows) == n and (rows.seed == 0).all()
     assert again.y.tolist() == rows.label.tolist()

@@ -9,11 +9,10 @@ import re
 import shutil
 import threading
 from importlib.resources import files
-from pathlib import Path
 
 import pytest
 import torch
-from notebooks import cells
+from notebooks import ROOT, cells
 
 from genrobust import cli
 from genrobust.attacks import margin
@@ -30,7 +29,7 @@ from genrobust.try_it import (
     write_try_it,
 )
 
-NBS = Path(__file__).resolve().parent.parent / 'nbs'
+NBS = ROOT / 'nbs'
 ABOUT = json.loads((NBS / 'try_it.json').read_text())
 SETTINGS = Settings(**{k: tuple(v) if type(v) is list else v for k, v in ABOUT['settings'].items()})
 N = len(SETTINGS.l2)

@@ -1,5 +1,7 @@
 "Attacks by their kind, small models, few images, and parameters with which an attack on them is quick."
 
+from inspect import signature
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +26,8 @@ from genrobust.attacks import (
     truncated_deepfool,
     zoo,
 )
+from genrobust.detection import KLDetector
+from genrobust.models import Classifier
 
 
 def listed(**kind):
@@ -68,6 +72,11 @@ def each(some):
 
 
 every_attack = each(ATTACKS)
+
+
+def in_norm(attack, p):
+    "The norm as a parameter, where the attack has a choice"
+    return dict(p=p) if 'p' in signature(attack).parameters else {}
 
 
 def attack_small(attack, *args, **kw):
@@ -115,3 +124,92 @@ class Never(nn.Module):
 
 
 NEVER = Never().eval()
+
+
+class Counting(nn.Module):
+    "Counts the images that go in, and those that a gradient comes back through"
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.forwards, self.backwards = inner, 0, 0
+        self.eval()
+
+    def forward(self, x):
+        self.forwards += len(x)
+        if x.requires_grad:
+            x.register_hook(lambda g: setattr(self, 'backwards', self.backwards + len(x)))
+        return self.inner(x)
+
+
+class AtMost(nn.Module):
+    "Takes so many images at once"
+
+    def __init__(self, inner, n):
+        super().__init__()
+        self.inner, self.images_at_once = inner, n
+        self.eval()
+
+    def forward(self, x):
+        assert len(x) <= self.images_at_once
+        return self.inner(x)
+
+
+class Noisy(nn.Module):
+    "Noise on the image: random smoothing's base classifier"
+
+    def __init__(self, scale, net=NET):
+        super().__init__()
+        self.scale, self.net = scale, net
+        self.eval()
+
+    def forward(self, x):
+        return self.net(x + self.scale * torch.randn_like(x))
+
+
+class ByClass(nn.Module):
+    "A linear model whose classes can be asked for one by one; what was evaluated is counted"
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        bias = torch.zeros(len(weight)).to(weight) if bias is None else bias
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.n_classes, self.whole, self.classes = len(weight), 0, 0
+        self.eval()
+
+    def forward(self, x):
+        self.whole += len(x)
+        return x.flatten(1) @ self.weight.T + self.bias
+
+    def per_class_logits(self, xc, classes=None):
+        if classes is None:
+            classes = torch.arange(self.n_classes).expand(len(xc), -1)
+            self.whole += len(xc)
+        else:
+            self.classes += classes.numel()
+        return (xc.flatten(2) * self.weight[classes]).sum(-1) + self.bias[classes]
+
+
+class Prototypes(Classifier):
+    "A Gaussian around the mean image of each class, stochastic where `noise` is not 0"
+
+    has_density = True
+
+    def __init__(self, images, noise=0.0):
+        super().__init__('prototypes', 10)
+        means = [images.x[images.y == c].mean(0) for c in range(10)]
+        self.means, self.noise = nn.Parameter(torch.stack(means), requires_grad=False), noise
+        self.eval()
+
+    def forward(self, x):
+        logits = -(x[:, None] - self.means).square().flatten(2).sum(2)
+        return logits + self.noise * torch.randn_like(logits)
+
+
+def made_up(clf, threshold=None):
+    "A KL detector to which all classes are usually alike"
+    detector = KLDetector(clf)
+    detector.statistics = dict(
+        usual=torch.full((10, 10), 0.1), mean=torch.zeros(10), std=torch.ones(10)
+    )
+    detector.threshold = threshold
+    return detector

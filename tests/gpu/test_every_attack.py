@@ -71,7 +71,7 @@ def agree(one, other, is_real):
 
 @pytest.mark.parametrize('kind', MODELS)
 @pytest.mark.parametrize('name', SHORT)
-def test_attack(name, kind, gpu):
+def test_attacks_find_on_the_gpu_what_they_find_on_the_cpu(name, kind, gpu):
     "Options in turn; images, labels, target, mask and bounds from either device"
     attack, (x, y) = getattr(package, name), some(4, 'cpu')
     options = SHORT[name] if kind == 'plain' else SHORT[name][-1:]
@@ -139,7 +139,7 @@ def test_jacobian_takes_images_from_anywhere(home, gpu):
         assert all(torch.allclose(a.cpu(), b, atol=1e-5) for a, b in zip(found, expected))
 
 
-def test_views(home):
+def test_views_are_attacked(home):
     clf, (x, _y) = ready(classifier('GFZ')), some(3, home)
     views = [Averaged(clf, 2, of) for of in AVERAGES]
     views += [FactorGradient(clf.fixed(0), factors) for factors in ('x', 'y', 'z', 'zq')]
@@ -149,7 +149,7 @@ def test_views(home):
 
 
 @pytest.mark.parametrize('kind', DETECTORS)
-def test_detector(kind, home, tmp_path, gpu):
+def test_detectors_work_on_the_gpu(kind, home, tmp_path, gpu):
     model, (x, y) = ready(Prototypes()), some(8, home)
     detector = DETECTORS[kind](model).fit(some(120, home)).calibrate(some(80, home, 120))
     scores, logits = detector.score(x), model(x.to('cuda'))
