@@ -361,11 +361,10 @@ def test_every_name_that_fits_works(name, tmp_path):
     assert len({beside(tmp_path / n, '.previous').name for n in (name, name[:-1] + 'y')}) == 2
 
 
+@pytest.mark.skipif(sys.platform == 'darwin', reason='its file names are UTF-8')
 def test_names_and_texts_that_are_no_utf_8_work(tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b'/\xff'))
     assert writable(folder) == folder
-    for epochs in (1, 2):
-        train(epochs, folder / 'c')
     save_model(CNN(hidden=20), folder / 'a.safetensors', said=str(folder))
     assert load_pretrained(folder / 'a.safetensors', 'cpu').info['said'] == str(folder)
     write_whole(folder / 'a.csv', f'{folder},1')
@@ -400,121 +399,7 @@ def test_a_device_stays_one():
             write_whole('/dev/full', 'something')
 
 
-# Checkpoints
-
-
-def train(epochs, checkpoint, **kw):
-    clf, few = CNN(hidden=20), synthetic(40)
-    how = dict(batch_size=20, checkpoint=checkpoint, device='cpu', progress=False)
-    fit(clf, few, few, epochs, **how, **kw)
-    return digest(clf.state_dict())
-
-
-@pytest.mark.parametrize(
-    'damage',
-    [
-        lambda b: b[: len(b) // 2],
-        lambda b: b'',
-        lambda b: with_byte(b, len(b) - 5, b[-5] ^ 1),
-        lambda b: bytes(len(b)),
-    ],
-    ids=['cut', 'empty', 'flipped', 'zeros'],
-)
-@pytest.mark.parametrize('done', [1, 2, 4])
-def test_a_corrupt_checkpoint_falls_back_on_the_one_before(done, damage, tmp_path):
-    straight, path = train(4, tmp_path / 'straight'), tmp_path / 'c.checkpoint'
-    train(done, path)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(
-        UserWarning, match='corrupt or truncated.*goes on from .*c.checkpoint.previous'
-    ):
-        assert train(4, path) == straight
-    assert names(tmp_path) == [
-        'c.checkpoint',
-        'c.checkpoint.previous',
-        'straight',
-        'straight.previous',
-    ]
-    assert [
-        len(load_tensors(p)[1]['history']) for p in (path, tmp_path / 'c.checkpoint.previous')
-    ] == [4, 3]
-    for file in (path, tmp_path / 'c.checkpoint.previous'):
-        file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match='c.checkpoint is not a file.*corrupt or truncated'):
-        train(4, path)
-
-
-def test_a_checkpoint_that_is_deleted_is_begun_anew(tmp_path):
-    train(2, tmp_path / 'c')
-    (tmp_path / 'c').unlink()
-    train(2, tmp_path / 'c', seed=1)
-    assert [
-        load_tensors(tmp_path / name)[1]['settings']['seed'] for name in ('c', 'c.previous')
-    ] == [1, 1]
-
-
-def test_a_checkpoint_has_any_name_that_fits(tmp_path):
-    straight = train(2, None)
-    train(1, tmp_path / ('z' * 255))
-    assert train(2, tmp_path / ('z' * 255)) == straight and len(names(tmp_path)) == 2
-
-
-EPOCH = dict(epoch=0, train_bound=0.0, bound=0.0, accuracy=0.0)
-HISTORIES = [None, 3, 'ab', {}, [], [1], [{}]]
-HISTORIES += [[EPOCH | other] for other in (dict(epoch=1), dict(train_bound='0'), dict(bound=[]))]
-
-
-@pytest.mark.parametrize('history', HISTORIES, ids=range(len(HISTORIES)))
-def test_a_checkpoint_without_a_history_is_one_error(history, tmp_path):
-    train(1, tmp_path / 'c')
-    tensors, metadata = load_tensors(tmp_path / 'c')
-    save_tensors(tmp_path / 'c', tensors, **metadata | dict(history=history))
-    with pytest.raises(ValueError, match='/c does not hold a training'):
-        train(2, tmp_path / 'c')
-
-
-def test_a_checkpoint_without_its_parts_is_one_error(tmp_path):
-    train(1, tmp_path / 'c')
-    tensors, metadata = load_tensors(tmp_path / 'c')
-    for part in ('model', 'average', 'best'):
-        save_tensors(
-            tmp_path / 'c', {k: v for k, v in tensors.items() if not k.startswith(part)}, **metadata
-        )
-        with pytest.raises(ValueError, match='/c does not hold a training'):
-            train(2, tmp_path / 'c')
-    for name in ('config', 'settings'):
-        for value in (None, [], 'text'):
-            save_tensors(tmp_path / 'c', tensors, **metadata | {name: value})
-            with pytest.raises(ValueError, match='/c is the checkpoint of another run'):
-                train(2, tmp_path / 'c')
-
-
-def test_fit_checks_its_arguments_before_the_images():
-    few = Images(torch.zeros(1), torch.zeros(1))  # are not looked at
-    for kw, message in [
-        (dict(epochs=0), 'epochs'),
-        (dict(epochs=1.5), 'epochs'),
-        (dict(epochs='3'), 'epochs'),
-        (dict(batch_size=None), 'batch_size'),
-        (dict(lr='fast'), 'lr'),
-        (dict(lr=torch.nan), 'lr'),
-        (dict(warmup=0.5), 'warmup'),
-        (dict(patience=0), 'patience'),
-        (dict(patience='2'), 'patience'),
-        (dict(checkpoint='/dev'), 'is a folder'),
-        (dict(device='none'), 'cannot be used'),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            fit(CNN(hidden=20), few, few, progress=False, **kw)
-    with pytest.raises(OSError, match='cannot write to the folder /dev/null'):
-        fit(CNN(hidden=20), few, few, progress=False, checkpoint='/dev/null/c')
-
-
-def test_a_bar_leaves_one_line_for_each_epoch(capsys):
-    few = synthetic(40)
-    fit(CNN(hidden=20), few, few, epochs=2, batch_size=20, device='cpu')
-    lines = capsys.readouterr().out.splitlines()
-    assert [line[:8] for line in lines] == ['epoch 0:', 'epoch 1:']
+# Claims
 
 
 def make_all(paths):
@@ -553,7 +438,7 @@ def test_of_four_processes_one_is_killed_twenty_times_and_nothing_is_missing(tmp
     assert not list(tmp_path.glob('*.lock'))
 
 
-def test_what_another_is_at_is_left_out_or_waited_for(tmp_path):
+def test_a_claimed_file_is_skipped_or_waited_for(tmp_path):
     a, b = tmp_path / 'a', tmp_path / 'b'
     first = claimed([a, b])
     assert next(first) == a
@@ -577,7 +462,7 @@ def test_a_lock_that_was_removed_is_no_claim(tmp_path):
     next(first)
     waiting = threading.Thread(target=wait)
     waiting.start()
-    time.sleep(0.2)  # B waits
+    time.sleep(0.2)  # B waits by now; were it late, this would test less, not fail
     first.close()
     assert has.wait(10) and list(claimed([path], wait=False)) == []
     leave.set()

@@ -12,9 +12,13 @@ from under_attack import (
     NET,
     NEVER,
     QUERIES,
+    Counting,
+    Noisy,
     each,
     every_attack,
     images,
+    in_norm,
+    listed,
     make_net,
     same,
     small,
@@ -41,10 +45,8 @@ from genrobust.attacks import (
     truncated_deepfool,
     zoo,
 )
-from genrobust.data import Images
-from genrobust.models import CNN, BayesClassifier, list_models, pretrained_names
+from genrobust.models import BayesClassifier, list_models, pretrained_names
 from genrobust.numerics import is_trusted, trusted
-from genrobust.training import fit, make_optimiser, train_epoch
 
 ENOUGH = {
     alma: dict(steps=30),
@@ -185,12 +187,13 @@ def test_bounds_that_are_none():
 # --- a radius for each image
 
 
-@each(IN_A_BALL)
-@pytest.mark.parametrize('p', [2, torch.inf])
+@pytest.mark.parametrize(
+    'attack, p',
+    [(attack, p) for p in (2, torch.inf) for attack in listed(p=p, minimum_norm=False)],
+    ids=lambda v: getattr(v, '__name__', str(v)),
+)
 def test_a_radius_for_each_image(attack, p):
-    if attack is random_noise and p == 2:
-        return
-    x, own = images(), {} if attack is random_noise else dict(p=p)
+    x, own = images(), in_norm(attack, p)
     own |= dict(restarts=1) if attack is pgd else {}  # batches of the same size
     eps = torch.tensor([0.0, 0.01, 0.1, 1 / 3, 0.5, 1])
     together = small(attack, NET, x, eps=eps, **own)
@@ -206,7 +209,7 @@ def test_a_radius_for_each_image(attack, p):
 
 @each(IN_A_BALL)
 def test_a_radius_for_each_pixel(attack):
-    x, own = images(), {} if attack is random_noise else dict(p=torch.inf)
+    x, own = images(), in_norm(attack, torch.inf)
     eps = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(3)) / 3
     eps[:, 0] = 0
     result = small(attack, NET, x, eps=eps, **own)
@@ -224,37 +227,25 @@ def test_radii_that_are_none(attack):
     for eps in ([0.1] * 5, torch.ones(5), torch.tensor([0.1] * 5 + [-1]), [0.1] * 5 + [torch.nan]):
         refuses(attack, 'eps must be', eps=eps)
     refuses(attack, 'eps must be', eps='wide')
-    if attack is not random_noise:
+    if in_norm(attack, 2):
         refuses(attack, 'eps must be one number an image', eps=torch.ones(1, 8, 8), p=2)
 
 
 # --- random models
 
 
-class Noisy(nn.Module):
-    "Noise on the image, and passes counted"
-
-    def __init__(self, scale=0.5):
-        super().__init__()
-        self.scale, self.images = scale, 0
-
-    def forward(self, x):
-        self.images += len(x)
-        return NET(x + self.scale * torch.randn_like(x))
-
-
 @every_attack
 def test_draws_are_counted(attack):
-    model, x = Noisy(0.05).eval(), images()
+    model, x = Counting(Noisy(0.05)), images()
     result = small(attack, model, x, draws=3, batch_size=6)
-    assert result.forwards.sum() == model.images and result.settings['draws'] == 3
-    same(small(attack, Noisy(0.05).eval(), x, draws=3), result)
+    assert result.forwards.sum() == model.forwards and result.settings['draws'] == 3
+    same(small(attack, Noisy(0.05), x, draws=3), result)
     once = small(attack, NET, x, draws=1)
     assert 'draws' not in once.settings
 
 
 def test_more_draws_less_variance():
-    x, model = images(20), Noisy(0.5).eval()
+    x, model = images(20), Noisy(0.5)
     y = NET(x).argmax(1)
 
     def spread(draws):
@@ -280,7 +271,7 @@ def test_draws_of_a_bayes_classifier_are_its_average():
 
 
 def test_eot_answers_with_means():
-    x, model = images(), Noisy().eval()
+    x, model = images(), Noisy(0.5)
     for of in ('losses', 'probabilities'):
         torch.manual_seed(0)
         draws = torch.stack([model(x).log_softmax(1) for _ in range(5)])
@@ -400,7 +391,7 @@ def on_levels(n=20):
 @pytest.mark.parametrize('p', [2, torch.inf])
 def test_quantized_survives_a_file(attack, p):
     x, net = on_levels(), make_net()
-    own = {} if attack in (random_noise, alma, carlini_wagner, zoo, ddn) else dict(p=p)
+    own = in_norm(attack, p)
     if attack in IN_A_BALL:
         own['eps'] = 20 / 255 if p == torch.inf else 0.7
     result, plain = (enough(attack, net, x, quantized=q, **own) for q in (True, False))
@@ -450,7 +441,7 @@ def test_quantized_where_nothing_can_survive():
 @every_attack
 def test_a_trace_holds_every_evaluation(attack, tmp_path):
     x, net = images(), make_net()
-    own = {} if attack in (random_noise, alma, carlini_wagner, zoo, ddn) else dict(p=torch.inf)
+    own = in_norm(attack, torch.inf)
     result = small(attack, net, x, trace=True, batch_size=4, **own)
     same(result, small(attack, net, x, batch_size=4, **own))
     trace = result.trace
@@ -524,29 +515,3 @@ def test_trusted_values_are_not_looked_at(name):
         with trusted(False), pytest.raises(ValueError, match=said):
             random_noise(**given)
     assert not is_trusted() and (found.x_adv <= 1).all()
-
-
-def test_adversarial_training_looks_at_its_first_batch():
-    "And at that alone: what it makes of the next is clipped by the attack"
-    model, first = CNN(hidden=5), torch.arange(6).split(3)
-    for wrong, expected in ((0, pytest.raises(ValueError, match='within bounds')), (3, None)):
-        x = torch.rand(6, 1, 28, 28)
-        x[wrong] += 1
-        how = dict(batches=first, adversary=lambda *given: fgsm(*given).x_adv)
-        given = model, *make_optimiser(model, 1e-3), Images(x, torch.arange(6))
-        if expected is None:
-            assert train_epoch(*given, **how) > 0
-        else:
-            with expected:
-                train_epoch(*given, **how)
-    assert not is_trusted()
-
-
-def test_mixed_precision_where_pytorch_has_none(monkeypatch):
-    "On MPS with PyTorch 2.4"
-    monkeypatch.setattr(torch.amp, 'is_autocast_available', lambda kind: False)
-    images = Images(torch.rand(6, 1, 28, 28), torch.arange(6))
-    how = dict(device='cpu', progress=False)
-    with pytest.raises(ValueError, match='no mixed precision on cpu: train with amp=False'):
-        fit(CNN(hidden=5), images, images, 1, amp=True, **how)
-    fit(CNN(hidden=5), images, images, 1, **how)

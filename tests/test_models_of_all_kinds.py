@@ -13,26 +13,25 @@ from under_attack import (
     IN_A_BALL,
     MINIMUM_NORM,
     NEED_GRADIENT,
-    NEED_NO_GRADIENT,
     NET,
+    Counting,
+    Noisy,
     each,
     every_attack,
     images,
+    in_norm,
     make_net,
     same,
     small,
 )
 
 from genrobust.attacks import (
-    alma,
     carlini_wagner,
-    ddn,
     deepfool,
     fgsm,
     hop_skip_jump,
     jacobian,
     one_vs_all,
-    pgd,
     random_noise,
     rescore,
     spsa,
@@ -65,7 +64,7 @@ class SafeSqrt(torch.autograd.Function):
 def test_undefined_gradients_count_as_zero(attack, dtype, p):
     net, x = make_net().to(dtype), images().to(dtype)
     x[:3, :, ::2] = 0
-    own = {} if attack in (alma, carlini_wagner, ddn) else dict(p=p)
+    own = in_norm(attack, p)
     with pytest.warns(RuntimeWarning, match=r'in \d+ pixels of [3-6] images') as caught:
         result = attack(lambda x: net(x.sqrt()), x, **own)
     assert len([w for w in caught if 'gradients' in str(w.message)]) == 1
@@ -168,19 +167,9 @@ def test_the_form_of_a_network_does_not_matter(attack, form):
 
 
 def test_several_gradients_of_a_compiled_model_are_counted():
-    class Counting(nn.Module):
-        forwards = 0
-
-        def __init__(self):
-            super().__init__()
-            self.net = torch.compile(NET, dynamic=True, backend='aot_eager')
-
-        def forward(self, x):
-            Counting.forwards += len(x)
-            return self.net(x)
-
-    result = deepfool(Counting().eval(), images())
-    assert result.success.all() and result.forwards.sum() == Counting.forwards
+    model = Counting(torch.compile(NET, dynamic=True, backend='aot_eager'))
+    result = deepfool(model, images())
+    assert result.success.all() and result.forwards.sum() == model.forwards
 
 
 # --- no gradient, no logits
@@ -211,11 +200,8 @@ CUT_OFF = dict(
 
 
 @pytest.mark.parametrize('name', CUT_OFF)
-@every_attack
+@each(NEED_GRADIENT)
 def test_logits_cut_off_from_the_input_are_said_to_have_no_gradient(attack, name):
-    if attack in NEED_NO_GRADIENT:
-        small(attack, CUT_OFF[name], images())
-        return
     with pytest.raises(ValueError, match='no gradient with respect to its input'):
         small(attack, CUT_OFF[name], images())
 
@@ -253,15 +239,6 @@ def test_a_batch_of_one_may_come_at_any_time(attack):
             small(attack, model, images(7))
         except ValueError as e:
             assert re.search('logits|cannot take images', str(e))
-
-
-def test_a_batch_that_is_too_large_for_memory_is_not_called_bad_input():
-    def full(x):
-        raise RuntimeError('MPS backend out of memory (MPS allocated: 9 GB)')
-
-    with pytest.raises(RuntimeError, match='out of memory') as caught:
-        pgd(full, images())
-    assert not isinstance(caught.value, ValueError)
 
 
 # --- types
@@ -380,26 +357,14 @@ def test_a_margin_that_was_asked_for_is_kept_in_coarse_numbers():
 
 # --- bounds
 
+# Of MNIST, CIFAR-10 (green), ImageNet (red), CLIP (red), Fashion-MNIST, and none's
 PAIRS = [
-    (0.2860, 0.3530),
     (0.1307, 0.3081),
-    (0.1918, 0.3483),
-    (0.5, 0.5),
-    (0.4914, 0.2023),
     (0.4822, 0.1994),
-    (0.4465, 0.2010),
     (0.485, 0.229),
-    (0.456, 0.224),
-    (0.406, 0.225),
-    (0.5071, 0.2673),
-    (0.4865, 0.2564),
-    (0.4409, 0.2762),
-    (0.4377, 0.1980),
-    (0.4438, 0.2010),
-    (0.4728, 0.1970),
     (0.48145466, 0.26862954),
-    (0.4578275, 0.26130258),
-    (0.40821073, 0.27577711),
+    (0.286, 0.353),
+    (0.5, 0.5),
 ]
 
 
@@ -465,25 +430,14 @@ def test_zoo_in_wide_bounds(bound):
 # --- random models and training mode
 
 
-class Noisy(nn.Module):
-    "Random smoothing's base classifier"
-
-    def __init__(self, scale=0.2):
-        super().__init__()
-        self.scale = scale
-
-    def forward(self, x):
-        return NET(x + self.scale * torch.randn_like(x))
-
-
 @every_attack
 def test_seed_decides_the_noise_of_any_model(attack):
     x = images(20)
     torch.manual_seed(3)
-    first = small(attack, Noisy().eval(), x, seed=1)
+    first = small(attack, Noisy(0.2), x, seed=1)
     state = torch.random.get_rng_state()
     torch.manual_seed(4)
-    same(small(attack, Noisy().eval(), x, seed=1), first)
+    same(small(attack, Noisy(0.2), x, seed=1), first)
     net = make_net()
     dropout = nn.Sequential(net[0], nn.Dropout(0.5), *net[1:])
     dropout.train()
@@ -492,17 +446,17 @@ def test_seed_decides_the_noise_of_any_model(attack):
     assert torch.equal(
         torch.random.get_rng_state(), state
     )  # the caller's random numbers are where they were
-    other = small(attack, Noisy().eval(), x, seed=2)
+    other = small(attack, Noisy(0.2), x, seed=2)
     assert not torch.equal(other.x_adv, first.x_adv)
 
 
 @every_attack
 def test_no_perturbation_is_no_success(attack):
     x = images(60)
-    result = small(attack, Noisy(1.0).eval(), x, NET(x).argmax(1), batch_size=20)
+    result = small(attack, Noisy(1.0), x, NET(x).argmax(1), batch_size=20)
     assert (result.l2[result.success] > 0).all()
     if attack in IN_A_BALL:
-        still = small(attack, Noisy(1.0).eval(), x, eps=0.0)
+        still = small(attack, Noisy(1.0), x, eps=0.0)
         assert not still.success.any() and torch.equal(still.y, still.y_adv)
 
 
@@ -531,4 +485,4 @@ def test_one_vs_all_works_on_models_of_all_kinds():
         expected.x_adv,
         atol=1e-5,
     )
-    same(*(one_vs_all(deepfool, Noisy(0.05).eval(), x, seed=1) for _ in range(2)))
+    same(*(one_vs_all(deepfool, Noisy(0.05), x, seed=1) for _ in range(2)))

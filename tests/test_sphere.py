@@ -1,26 +1,14 @@
-"DDN, FMN and ALMA: distances that are known, and margins through two classes of ten."
+"DDN, FMN and ALMA: distances that are known, and the slope of a penalty."
 
 import math
 
 import pytest
 import torch
 from torch import nn
-from under_attack import NEVER, each, elsewhere
+from under_attack import NEVER
 
-from genrobust.attacks import (
-    AttackState,
-    Normalized,
-    PairMargin,
-    Start,
-    alma,
-    ddn,
-    fmn,
-    margin,
-    penalty_slope,
-)
-from genrobust.attacks.engine import Batch
+from genrobust.attacks import alma, ddn, fmn, norm, penalty_slope
 from genrobust.attacks.gradient import project
-from genrobust.models import FACTORISATIONS, BayesClassifier
 
 
 def exact_distance(w, gap, x, p):
@@ -56,10 +44,6 @@ def exact_distances(linear, result, p):
     return torch.tensor(found)
 
 
-def size_of(result, p):
-    return result.perturbation.double().flatten(1).norm(p, dim=1)
-
-
 RUNS = dict(
     alma=(alma, 2, {}),
     alma_from_elsewhere=(alma, 2, dict(random_start=True)),
@@ -79,7 +63,7 @@ def test_the_distance_of_a_linear_model_within_bounds(attack, p, own, classes, d
     linear, x = nn.Linear(81, classes).eval(), torch.rand(16, 81)
     x = x * (torch.rand(16, 81) < 0.5) if dark else x * 0.2 + 0.4
     result = attack(linear, x, **own)
-    ratio = size_of(result, p) / exact_distances(linear, result, p)
+    ratio = norm(result.perturbation.double(), p) / exact_distances(linear, result, p)
     assert result.success.all() and 0.999 < ratio.min()
     assert ratio.mean() < 1.01 and ratio.max() < (1.05 if attack is alma else 1.1), ratio
 
@@ -89,7 +73,7 @@ def test_a_target_of_a_linear_model(attack, p, own):
     torch.manual_seed(0)
     linear, x = nn.Linear(81, 2).eval(), torch.rand(8, 81) * 0.2 + 0.4
     result = attack(linear, x, target=1 - linear(x).argmax(1), **own)
-    ratio = size_of(result, p) / exact_distances(linear, result, p)
+    ratio = norm(result.perturbation.double(), p) / exact_distances(linear, result, p)
     assert result.success.all() and 0.999 < ratio.min() and ratio.mean() < 1.01
 
 
@@ -101,7 +85,7 @@ def test_coarse_and_fine_numbers(attack, p, own, dtype):
     result = attack(linear, x, **own)
     assert result.success.all() and result.x_adv.dtype == dtype
     if dtype == torch.float64:
-        ratio = size_of(result, p) / exact_distances(linear, result, p)
+        ratio = norm(result.perturbation.double(), p) / exact_distances(linear, result, p)
         assert 0.999 < ratio.min() and ratio.mean() < 1.01
 
 
@@ -206,144 +190,3 @@ def test_the_slope_is_that_of_a_smooth_convex_penalty():
     assert torch.allclose(slope[200], mu[200])
     above, below = (slope[201] - slope[200]), (slope[200] - slope[199])
     assert abs(above / below - 1) < 0.05
-
-
-# --- two classes of ten
-
-
-def small_bayes(name='GFZ', n_samples=3):
-    torch.manual_seed(0)
-    return BayesClassifier(name, hidden=16, latent=4, n_samples=n_samples).double().eval()
-
-
-def state_of(model, x, target=None):
-    logits = model(x).detach()
-    return AttackState(
-        model, Start(logits), Batch(x, logits.argmax(1), target, torch.arange(len(x)))
-    )
-
-
-@pytest.mark.parametrize('name', list(FACTORISATIONS))
-def test_two_classes_give_the_whole_margin_and_its_gradient(name):
-    model, x = small_bayes(name).fixed(1), torch.rand(3, 1, 28, 28).double()
-    state = state_of(model, x)
-    pairs = PairMargin(state)
-    logits, g = pairs.gradient(state.margin, x, state.all)
-    whole, expected = state.gradient(state.margin, x, state.all)
-    assert torch.allclose(
-        state.margin(logits, state.all), state.margin(whole, state.all), atol=1e-10
-    )
-    assert torch.allclose(g, expected, atol=1e-10) and g.abs().max() > 0
-    assert (logits.argmax(1) == whole.argmax(1)).all()
-    other = torch.rand_like(x)
-    pairs.look(other, state.all)
-    logits, g = pairs.gradient(state.margin, other, state.all)
-    whole, expected = state.gradient(state.margin, other, state.all)
-    assert torch.allclose(
-        state.margin(logits, state.all), state.margin(whole, state.all), atol=1e-10
-    )
-    assert torch.allclose(g, expected, atol=1e-10)
-
-
-@pytest.mark.parametrize('name', list(FACTORISATIONS))
-def test_logits_of_some_classes_are_those_of_all(name):
-    clf, x = small_bayes(name), torch.rand(3, 1, 28, 28).double()
-    model, classes = clf.fixed(2), torch.tensor([[7, 0], [3, 9], [5, 5]])
-    copies = x[:, None].expand(-1, 2, -1, -1, -1)
-    assert torch.allclose(
-        model.per_class_logits(copies, classes), model(x).gather(1, classes), atol=1e-10
-    )
-    averaged = clf.averaged(3, 1)
-    assert torch.allclose(
-        averaged.per_class_logits(copies, classes), averaged(x).gather(1, classes), atol=1e-10
-    )
-
-
-class Three(nn.Module):
-    "Three linear classes that can be evaluated one by one; what was evaluated is counted"
-
-    def __init__(self, weight, bias):
-        super().__init__()
-        self.n_classes, self.whole, self.classes = len(weight), 0, 0
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def forward(self, x):
-        self.whole += len(x)
-        return x @ self.weight.T + self.bias
-
-    def per_class_logits(self, xc, classes=None):
-        if classes is None:
-            classes = torch.arange(self.n_classes).expand(len(xc), -1)
-            self.whole += len(xc)
-        else:
-            self.classes += classes.numel()
-        return (xc * self.weight[classes]).sum(-1) + self.bias[classes]
-
-
-def test_a_third_class_that_wins_is_no_success_for_a_target():
-    "Class 2 overtakes both of the pair (0, 1) on the straight way to the target"
-    model = Three(
-        torch.tensor([[0.0, 0.0], [1.0, 0.3], [2.0, -2.0]]), torch.tensor([0.0, -0.5, -0.7])
-    ).eval()
-    x, target = torch.tensor([[0.1, 0.1]]), torch.tensor([1])
-    state = state_of(model, x, target)
-    pairs, there = PairMargin(state), torch.tensor([[0.7, 0.1]])
-    logits, _ = pairs.gradient(state.margin, there, state.all)
-    assert model(there).argmax(1) == 2 and not state.is_adversarial(logits, state.all)
-    assert torch.allclose(logits, model(there)) and pairs.classes.tolist() == [[2, 1]]
-    result = ddn(model, x, target=1)
-    assert result.success.all() and model(result.x_adv).argmax(1) == 1
-    plain = ddn(lambda x: model(x), x, target=1)
-    assert torch.allclose(result.l2, plain.l2, rtol=0.05)
-
-
-def test_the_margin_of_a_pair_is_never_below_that_of_all():
-    model, x = small_bayes().fixed(0), torch.rand(4, 1, 28, 28).double()
-    state = state_of(model, x)
-    pairs = PairMargin(state)
-    for _ in range(5):
-        there = torch.rand_like(x)
-        logits, _ = pairs.gradient(state.margin, there, state.all)
-        true = margin(model(there), state.y)
-        assert (state.margin(logits, state.all) >= true - 1e-10).all()
-
-
-def test_passes_through_pairs_are_counted_by_class():
-    torch.manual_seed(0)
-    model = Three(torch.randn(10, 6), torch.randn(10)).eval()
-    x = torch.rand(5, 6)
-    result = ddn(model, x, steps=30, refresh=10)
-    assert model.classes == 5 * 30 * 2
-    assert (result.backwards == 1 + 6).all()  # the Jacobian, and a fifth of 30
-    looks = 3 + 1  # and the last point
-    assert ((result.forwards - 1 - 6 - looks >= 0) & (result.forwards - 1 - 6 - looks <= 1)).all()
-    assert model.whole == result.forwards.sum() - 5 * 6
-
-
-def test_models_without_pairs_are_evaluated_whole():
-    model, x = elsewhere()
-    state = state_of(model, x)
-    pairs = PairMargin(state)
-    pairs.look(x, state.all)
-    assert not pairs.is_partial and not state.forwards.any()
-    logits, g = pairs.gradient(state.margin, x, state.all)
-    assert torch.equal(logits, model(x)) and (state.forwards == 1).all() and g.shape == x.shape
-
-
-def test_pairs_of_a_normalised_classifier():
-    clf = small_bayes().fixed(0)
-    x = torch.rand(2, 1, 28, 28).double()
-    state = state_of(Normalized(clf, 0.1, 0.9), x)
-    pairs = PairMargin(state)
-    assert pairs.is_partial
-    whole, expected = state.gradient(state.margin, x, state.all)
-    assert torch.allclose(pairs.gradient(state.margin, x, state.all)[1], expected, atol=1e-10)
-
-
-@each([alma, ddn])
-def test_pairs_and_all_classes_lead_to_the_same_distance(attack):
-    clf, x = small_bayes().fixed(0), torch.rand(2, 1, 28, 28).double()
-    fast, slow = (attack(model, x, steps=12) for model in (clf, lambda x: clf(x)))
-    assert torch.equal(fast.success, slow.success)
-    assert torch.allclose(fast.l2[fast.success], slow.l2[fast.success], rtol=0.05)
-    assert (fast.backwards < slow.backwards).all()
