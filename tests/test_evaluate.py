@@ -16,20 +16,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_inputs import NEVER
-from test_models_of_all_kinds import images, make_net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from under_attack import NET, NEVER, AtMost, images, make_net
 
-from genrobust import cli, diagnosis, evaluation
-from genrobust.attacks import Normalized
+from genrobust import cli, evaluation
+from genrobust.attacks import Normalized, norm
 from genrobust.cli import main
-from genrobust.data import Images, load_or_synthetic
+from genrobust.data import Images
 from genrobust.evaluation import RADII, SIZES, Evaluation, ensemble, evaluate, worst_case
 from genrobust.files import claimed
 from genrobust.models import CNN, load_pretrained, save_model
 
-NET = make_net()
 X = images(12)
 Y = NET(X).argmax(1)
 COUNTS = ['one-shot', 'majority vote', 'resubmission']
@@ -85,7 +83,7 @@ def test_of_a_linear_model_the_robust_accuracy_is_exact(p, dual):
     exact = (gap / size).masked_fill(torch.nn.functional.one_hot(top, 4).bool(), torch.inf).amin(1)
     exact[:4] = 0
     ordered = exact.sort().values
-    eps = [(ordered[n : n + 2].mean() * 1).item() for n in (10, 20, 30)]
+    eps = [ordered[n : n + 2].mean().item() for n in (10, 20, 30)]
     report = quick(lambda x: x @ w.T, x, y, p=p, eps=eps, bounds=(-10, 10))
     assert report.clean.rate == 0.9 and report.clean.n == 40
     assert rates(report) == [29 / 40, 19 / 40, 9 / 40]
@@ -103,11 +101,11 @@ def test_of_a_linear_model_the_robust_accuracy_is_exact(p, dual):
     )
     names = report.result.settings['attacks']
     won = report.result.found_by[report.result.success]
-    assert len(won) == 36 and (won >= 0).all() and len(names) >= won.max()
+    assert len(won) == 36 and (won >= 0).all() and len(names) > won.max()
 
 
 @pytest.mark.parametrize('p', [1, 2, math.inf])
-def test_it_is_never_above_the_worst_case_and_every_success_is_one(p):
+def test_robust_accuracy_is_never_above_that_of_worst_case(p):
     report = quick(NET, X, Y, p=p)
     assert report.robust.eps.tolist() == list(RADII[p])
     for eps, rate in zip(report.robust.eps, rates(report)):
@@ -115,7 +113,7 @@ def test_it_is_never_above_the_worst_case_and_every_success_is_one(p):
         assert rate <= (worst.attacked & ~worst.success).double().mean()
     r = report.result
     assert torch.equal(r.success, NET(r.x_adv).argmax(1) != Y) and r.success.any()
-    size = r.perturbation.flatten(1).norm(p, dim=1)
+    size = norm(r.perturbation, p)
     assert torch.allclose(size[r.success].double(), report.distance[r.success], rtol=1e-5)
     assert sorted(rates(report), reverse=True) == rates(report)
     assert report.passes['backwards'] > 0 and report.seconds > 0
@@ -387,7 +385,8 @@ def test_a_scalar_of_another_type_says_nothing_of_the_images():
     assert quick(Scaled().eval(), X, Y).result.x.dtype == torch.float32
 
 
-def test_averages_meet_a_part_of_the_images_and_say_so():
+def test_random_models_are_scored_on_twenty_images():
+    "Of sixty, four of each twelve"
     x = images(60)
     report = quick(Latent(), x, NET(x).argmax(1), eps=0.05)
     assert report.robust.n.tolist() == [60, 20, 20, 20]
@@ -395,13 +394,16 @@ def test_averages_meet_a_part_of_the_images_and_say_so():
     assert len(chunks) == 5 and chunks[1] == [12, 13, 14, 15]
 
 
-def test_for_p_1_a_random_model_is_met_by_averages_too_and_one_without_gradient_is_an_error():
+def test_l1_of_a_random_model():
     report = quick(Latent(0.2), X, Y, p=1, eps=(1, 4))
     ways = ['deterministic white box', *COUNTS]
     assert report.robust.threat_model.tolist() == 2 * ways
     shares = report.scores.groupby('eps').share.mean()
     assert shares[1] < shares[4] and rates(report, 'one-shot')[1] < report.clean.rate
     assert 'l1 distance' in repr(report)
+
+
+def test_l1_needs_gradients():
     with pytest.raises(ValueError, match='p = 1 needs gradients'):
         quick(lambda x: NET(x).detach(), X, Y, p=1)
 
@@ -412,7 +414,7 @@ def test_for_p_1_a_random_model_is_met_by_averages_too_and_one_without_gradient_
 SCRIPT = """
 import sys, time
 import torch
-from genrobust import diagnosis, evaluation
+from genrobust import evaluation
 from test_evaluate import X, Y, Latent as Quick, quick
 
 evaluation.MODEL_CHECKS = evaluation.ATTACK_CHECKS = ()
@@ -472,10 +474,10 @@ def test_what_another_process_is_at_is_waited_for_or_left(tmp_path):
     assert quick(*given, eps=0.02, folder=tmp_path, wait=False) is None
     done = {path.name.split('-')[-1] for path in tmp_path.glob('parts/attack*.safetensors')}
     assert done == {f'000{c}.safetensors' for c in (0, 2, 3)}
-    threading.Timer(0.3, other.close).start()
-    begun = time.perf_counter()
+    released = threading.Event()
+    threading.Timer(0.3, lambda: (released.set(), other.close())).start()
     report = quick(*given, eps=0.02, folder=tmp_path)
-    assert time.perf_counter() - begun > 0.25
+    assert released.is_set()
     same(report, quick(*given, eps=0.02))
 
 
@@ -483,12 +485,12 @@ def test_what_another_process_is_at_is_waited_for_or_left(tmp_path):
 def test_checks_of_another_process_are_waited_for_or_left(tmp_path, checks, check):
     other = claimed([tmp_path / 'parts' / f'check-{check}.safetensors'])
     next(other)
-    timer = threading.Timer(30, other.close)  # where it is waited for nonetheless
+    timer = threading.Timer(600, other.close)  # where it is waited for nonetheless
+    timer.daemon = True
     timer.start()
-    begun = time.perf_counter()
     assert quick(NET, X, Y, eps=0.02, folder=tmp_path, wait=False) is None
+    assert timer.is_alive()
     timer.cancel()
-    assert time.perf_counter() - begun < 29
     assert (tmp_path / 'parts' / 'check-gradient_mismatch.safetensors').exists()
     other.close()
     same(quick(NET, X, Y, eps=0.02, folder=tmp_path, wait=False), quick(NET, X, Y, eps=0.02))
@@ -706,8 +708,7 @@ def test_parts_of_another_version_are_refused(tmp_path, monkeypatch):
 def test_a_part_that_is_broken_is_measured_again(tmp_path, monkeypatch):
     report, again = quick(NET, X, Y, folder=tmp_path), []
     parts = sorted(tmp_path.glob('parts/attack*'))
-    before = parts[1].read_bytes()
-    parts[1].write_bytes(before[:-5])
+    parts[1].write_bytes(parts[1].read_bytes()[:-5])
     parts[2].write_bytes(b'')
 
     def counting(*args, **kw):
@@ -715,8 +716,9 @@ def test_a_part_that_is_broken_is_measured_again(tmp_path, monkeypatch):
         return worst_case(*args, **kw)
 
     monkeypatch.setattr(evaluation, 'worst_case', counting)
-    same(quick(NET, X, Y, folder=tmp_path), report)
-    assert len(again) == 2 and len(parts[1].read_bytes()) >= len(before) - 50
+    for _ in range(2):  # what was measured again is whole
+        same(quick(NET, X, Y, folder=tmp_path), report)
+    assert len(again) == 2
 
 
 def test_files_that_are_broken_are_one_error(tmp_path):
@@ -837,11 +839,18 @@ def command(capsys, *args):
     return status, *capsys.readouterr()
 
 
-def test_the_command_evaluates_what_a_file_makes(tmp_path, capsys):
-    source = 'from test_models_of_all_kinds import make_net\nnet, number = make_net(), 3'
-    (tmp_path / 'net.py').write_text(source)
-    np.savez(tmp_path / 'mine.npz', x=X.numpy(), y=Y.numpy())
-    net, npz, folder = tmp_path / 'net.py', tmp_path / 'mine.npz', tmp_path / 'out'
+@pytest.fixture
+def files(tmp_path):
+    "Of a user: one that makes two networks, and one that holds images and labels"
+    net, npz = tmp_path / 'net.py', tmp_path / 'mine.npz'
+    nets = 'net, other, number = make_net(), make_net(5.0), 3'
+    net.write_text(f'from under_attack import make_net\n{nets}')
+    np.savez(npz, x=X.numpy(), y=Y.numpy())
+    return net, npz
+
+
+def test_the_command_evaluates_what_a_file_makes(files, tmp_path, capsys):
+    (net, npz), folder = files, tmp_path / 'out'
     broken, ends = tmp_path / 'broken.py', tmp_path / 'ends.py'
     broken.write_text('net = (')
     ends.write_text('import sys; sys.exit(3)')
@@ -856,7 +865,7 @@ def test_the_command_evaluates_what_a_file_makes(tmp_path, capsys):
     assert status == 0 and not err and str(report.clean) in out and 'white box' in out
     assert Evaluation.load(folder).robust.equals(report.robust)
     for args, match in [
-        ([f'{net}:other', *common], 'it is not there'),
+        ([f'{net}:none', *common], 'it is not there'),
         ([f'{net}:number', *common], 'must be a module'),
         ([f'{tmp_path}/none.py:net', *common], 'no file'),
         ([f'{npz}:net', *common], 'no .py file'),
@@ -878,7 +887,7 @@ def test_the_command_evaluates_what_a_file_makes(tmp_path, capsys):
 DATA_CLASS = """
 from __future__ import annotations
 from dataclasses import dataclass
-from test_models_of_all_kinds import make_net
+from under_attack import make_net
 
 @dataclass
 class Net:
@@ -891,21 +900,19 @@ net = Net(1.0)
 """
 
 
-def test_the_command_knows_models_of_one_name_apart(tmp_path, capsys):
-    np.savez(tmp_path / 'mine.npz', x=X.numpy(), y=Y.numpy())
-    files = [tmp_path / name / 'net.py' for name in 'ab']
-    for file in files:
-        file.parent.mkdir()
-        file.write_text(DATA_CLASS)
-    common = '--images', tmp_path / 'mine.npz', '--size', 'quick', '--folder', tmp_path / 'out'
-    status, out, err = command(capsys, *(f'{file}:net' for file in files), *common)
+def test_the_command_knows_models_of_one_name_apart(files, tmp_path, capsys):
+    nets = [tmp_path / name / 'net.py' for name in 'ab']
+    for net in nets:
+        net.parent.mkdir()
+        net.write_text(DATA_CLASS)
+    common = '--images', files[1], '--size', 'quick', '--folder', tmp_path / 'out'
+    status, out, err = command(capsys, *(f'{net}:net' for net in nets), *common)
     assert status == 2 and 'models of the same name in one folder' in err and not out
-    status, out, err = command(capsys, f'{files[0]}:net', *common, '--eps', 0.05)
+    status, out, err = command(capsys, f'{nets[0]}:net', *common, '--eps', 0.05)
     assert status == 0 and not err and 'white box' in out
 
 
-def test_the_command_evaluates_saved_weights_on_test_images(tmp_path, capsys, drawn, monkeypatch):
-    monkeypatch.setattr('genrobust.cli.load', lambda *args: drawn)
+def test_the_command_evaluates_saved_weights_on_test_images(tmp_path, capsys, offline):
     save_model(CNN(hidden=10).eval(), tmp_path / 'm.safetensors')
     args = tmp_path / 'm.safetensors', '--data', 'synthetic', '--images', 4, '--size', 'quick'
     status, out, err = command(capsys, *args, '--p', 2, '--eps', 0.5)
@@ -913,16 +920,19 @@ def test_the_command_evaluates_saved_weights_on_test_images(tmp_path, capsys, dr
     assert 'dry run' in out and 'l2' in out
 
 
-def test_the_command_evaluates_several_models_in_several_norms(tmp_path, capsys):
-    source = 'from test_models_of_all_kinds import make_net\nnet, other = make_net(), make_net(5.0)'
-    (tmp_path / 'net.py').write_text(source)
-    np.savez(tmp_path / 'mine.npz', x=X.numpy(), y=Y.numpy())
-    file, folder = tmp_path / 'net.py', tmp_path / 'out'
-    args = f'{file}:net', f'{file}:other', '--images', tmp_path / 'mine.npz', '--p', 2, 'inf'
+def test_the_command_evaluates_several_models_in_several_norms(files, tmp_path, capsys):
+    (file, npz), folder = files, tmp_path / 'out'
+    args = f'{file}:net', f'{file}:other', '--images', npz, '--p', 2, 'inf'
     args = *args, '--size', 'quick', '--folder', folder
     other = claimed([folder / 'net.py-net-l2' / 'parts' / 'chunk-0000.safetensors'])
     next(other)  # it is left for the end
-    threading.Timer(1.5, other.close).start()
+
+    def release():
+        while not (folder / 'net.py-other-linf' / 'evaluation.json').exists():
+            time.sleep(0.01)
+        other.close()
+
+    threading.Thread(target=release, daemon=True).start()
     status, out, err = command(capsys, *args)
     assert status == 0 and not err and out.count('clean accuracy') == 4
     found = sorted(path.name for path in folder.iterdir())
@@ -993,39 +1003,30 @@ def test_what_a_state_holds_and_attributes_are_called_is_free():
     assert quick(net, x, net(x).argmax(1)).clean.rate == 1
 
 
-def test_batch_norm_in_training_mode_is_named():
+def test_batch_norm_in_training_mode_cannot_take_one_image():
     torch.manual_seed(0)
     net, x = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), torch.rand(8, 6)
     y = net.eval()(x).argmax(1)
     with pytest.raises(ValueError, match='cannot take images .* when training'):
         quick(net.train(), x, y)
-    names = [caution.name for caution in diagnosis.inspect_model(net, x, y, size='quick')]
-    # a gradient through the statistics of a batch is not that of one image, which may be named too
-    assert names[:2] == ['training_mode', 'batch_dependence']
-    assert set(names[2:]) <= {'gradient_mismatch'}
 
 
-def test_two_batches_are_no_pair_and_close_radii_are_two():
-    report = quick(NET, [(X[:6], Y[:6]), (X[6:], Y[6:])], eps=[0.0313725, 8 / 255])
-    assert report.clean.n == 12 and len(report.table()) == 2
+def test_close_radii_are_two():
+    assert len(quick(NET, X, Y, eps=[0.0313725, 8 / 255]).table()) == 2
+
+
+def test_two_batches_are_no_pair():
+    same(quick(NET, [(X[:6], Y[:6]), (X[6:], Y[6:])]), quick(NET, X, Y))
     with pytest.raises(ValueError, match=r'found 3 parts'):
         quick(NET, [(X, Y, Y)])
 
 
 def test_no_batch_is_larger_than_the_model_takes(checks):
-    class Small(nn.Module):
-        images_at_once = 4
-
-        def forward(self, x):
-            assert len(x) <= 4
-            return NET(x)
-
-    assert quick(Small().eval(), X, Y).warnings == quick(NET, X, Y).warnings
+    assert quick(AtMost(NET, 4), X, Y).warnings == quick(NET, X, Y).warnings
 
 
-def test_more_steps_meet_images_that_are_left(checks):
-    "On the adversarially trained network in l2 the smallest size leaves far too many"
+def test_more_steps_help_is_told_of_cnn_at_in_l2(checks, fashion):
+    "There the smallest size leaves far too many images"
     net = load_pretrained('cnn_at', device='cpu')
-    x, y = (v[:100] for v in load_or_synthetic()[1].test)
-    names = [caution.name for caution in quick(net, x, y, p=2, eps=1).warnings]
-    assert 'more_steps_help' in names
+    report = quick(net, *fashion.test.first(100), p=2, eps=1)
+    assert 'more_steps_help' in [caution.name for caution in report.warnings]
