@@ -18,10 +18,11 @@ import pytest
 import torch
 from fastcore.docments import docments
 from processes import Command, two_commands
+from under_attack import every_attack
 
 from genrobust import attacks, cli, data, study
 from genrobust.attacks import AttackResult, random_noise
-from genrobust.data import Images, Splits
+from genrobust.data import Splits
 from genrobust.models import CNN, BayesClassifier, digest, load_tensors, save_model, save_tensors
 from genrobust.results import Preset, reproduce
 from genrobust.training import fit
@@ -47,9 +48,54 @@ def few(drawn):
     return Splits(*[part.first(200) for part in drawn])
 
 
+@pytest.fixture(scope='module')
+def trained(drawn):
+    "A small model that knows the drawn images"
+    clf = CNN(hidden=50)
+    fit(
+        clf,
+        drawn.train.first(1500),
+        drawn.valid.first(100),
+        epochs=4,
+        lr=3e-3,
+        batch_size=50,
+        device='cpu',
+        progress=False,
+    )
+    return clf
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(capsys, *args):
+    "Status, standard output and error of a command in this process"
+    status = cli.main([str(arg) for arg in args])
+    return status, *capsys.readouterr()
+
+
+def refused(capsys, message, *args):
+    "One line and status 2"
+    status, _, errors = run(capsys, *args)
+    assert status == 2 and errors.startswith('genrobust: error: ') and errors.count('\n') == 1, (
+        errors
+    )
+    assert message in errors
+
+
+def save_result(path):
+    "Of an attack that succeeds on two images"
+    result = random_noise(CNN(hidden=9).eval(), torch.zeros(2, 1, 28, 28), eps=1.0)
+    result.success[:] = True
+    result.save(path)
+
+
 def test_a_killed_run_ends_in_the_same_weights(tmp_path, few):
     def train(out):
-        options = 'train gfz --images 20 --batch-size 5 --epochs 3 --out'.split()
+        options = 'train gfz --images 20 --batch-size 5 --epochs 6 --out'.split()
         return Command(*options, out, *COMMON, splits=few)
 
     straight = train(tmp_path / 'straight.safetensors')
@@ -59,7 +105,7 @@ def test_a_killed_run_ends_in_the_same_weights(tmp_path, few):
         time.sleep(0.01)
     killed.kill()
     killed.communicate()
-    assert len(load_tensors(checkpoint)[1]['history']) < 3
+    assert len(load_tensors(checkpoint)[1]['history']) < 6
     assert not (tmp_path / 'killed.safetensors').exists()
     again = train(tmp_path / 'killed.safetensors')
     for process in (straight, again):
@@ -121,34 +167,6 @@ def test_a_name_says_how_a_model_is_trained(tmp_path, drawn, monkeypatch, capsys
     assert (info['data'], info['lr']) == ('synthetic', 0.01)
 
 
-@pytest.mark.parametrize(
-    'args, message',
-    [
-        (['train', 'gfx'], 'no model'),
-        (['reproduce', '--preset', 'huge'], 'invalid choice'),
-        (['attack'], 'required'),
-        (
-            ['attack', 'fgsm', '--model', 'gfz', '--out', 'new/x.safetensors', '--eps', '-1'],
-            'eps must be',
-        ),
-        (['reproduce', '--data', 'mnist'], 'no weights'),
-        (['train', 'gfz', '--data', 'imagenet'], 'no data set'),
-        (['train', 'gfz', '--images', '0'], 'at least 1'),
-        (['reproduce', '--device', 'meta'], 'cannot be used'),
-        (['reproduce', '--out', '/dev/null/results'], 'Not a directory'),
-        (['train', 'cnn', '--lr', '-1', '--data', 'synthetic'], 'lr > 0'),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(args, message, here, capsys):
-    try:
-        status, _, errors = run(capsys, *args)
-    except SystemExit as e:  # of argparse
-        status, errors = e.code, capsys.readouterr().err
-    assert status == 2 and message in errors
-    assert len([line for line in errors.splitlines() if 'error:' in line]) == 1
-    assert not [p for p in here.rglob('*') if p.is_file()]
-
-
 def test_a_corrupt_archive_is_not_replaced_by_synthetic_images(tmp_path, capsys):
     raw = tmp_path / 'FashionMNIST' / 'raw'
     raw.mkdir(parents=True)
@@ -179,8 +197,7 @@ def test_without_fashion_mnist_everything_is_synthetic_and_says_so(tmp_path, tra
     assert len(titles) == 5 and all('synthetic' in title for title in titles)
 
 
-def test_detectors_judge_what_was_made_for_them(here, drawn, monkeypatch, capsys):
-    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
+def test_detectors_judge_what_was_made_for_them(here, offline, capsys):
     torch.manual_seed(0)
     save_model(CNN().eval(), 'mine.safetensors')
     made = '--data synthetic --device cpu --images 30 --eps 1 --out noise.safetensors'
@@ -193,8 +210,7 @@ def test_detectors_judge_what_was_made_for_them(here, drawn, monkeypatch, capsys
         refused(capsys, message, 'detect', '--result', 'noise.safetensors', *args)
 
 
-def test_one_training_that_fails_does_not_stop_the_others(here, drawn, monkeypatch, capsys):
-    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
+def test_one_training_that_fails_does_not_stop_the_others(here, offline, capsys):
     Path('cnn.checkpoint').write_bytes(b'cut short')
     options = '--data synthetic --device cpu --images 20 --epochs 1 --no-progress --folder .'
     status, out, errors = run(capsys, 'train', 'cnn', 'dbx', *options.split())
@@ -235,14 +251,7 @@ def test_a_study_killed_or_spread_over_processes_ends_in_the_same_numbers(tmp_pa
     )
 
 
-ATTACKS = [
-    f
-    for f in vars(attacks).values()
-    if inspect.isfunction(f) and list(inspect.signature(f).parameters)[:3] == ['model', 'x', 'y']
-]
-
-
-@pytest.mark.parametrize('attack', ATTACKS, ids=lambda f: f.__name__)
+@every_attack
 def test_every_attack_is_on_the_command_line_with_all_its_parameters(attack, capsys):
     parameters = dict(list(inspect.signature(attack).parameters.items())[3:])
     given = cli._given(
@@ -268,9 +277,8 @@ def test_every_attack_is_on_the_command_line_with_all_its_parameters(attack, cap
 
 
 @pytest.fixture
-def small(tmp_path, drawn, monkeypatch):
+def small(tmp_path, offline):
     "Attacks on drawn images and small models: `small(name, *options)` gives the result and its table"
-    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
 
     def attack(name, model, *args):
         save_model(model, tmp_path / 'model.safetensors')
@@ -347,47 +355,8 @@ def test_an_interrupted_attack_writes_nothing(tmp_path, few):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope='module')
-def trained(drawn):
-    "A small model that knows the drawn images"
-    clf = CNN(hidden=50)
-    fit(
-        clf,
-        drawn.train.first(1500),
-        drawn.valid.first(100),
-        epochs=4,
-        lr=3e-3,
-        batch_size=50,
-        device='cpu',
-        progress=False,
-    )
-    return clf
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(capsys, *args):
-    "Status, standard output and error of a command in this process"
-    status = cli.main([str(arg) for arg in args])
-    return status, *capsys.readouterr()
-
-
-def refused(capsys, message, *args):
-    "One line and status 2"
-    status, _, errors = run(capsys, *args)
-    assert status == 2 and errors.startswith('genrobust: error: ') and errors.count('\n') == 1, (
-        errors
-    )
-    assert message in errors
-
-
-def test_detect_knows_a_model_by_its_weights(here, drawn, trained, monkeypatch, capsys):
+def test_detect_knows_a_model_by_its_weights(here, offline, trained, capsys):
     "Not by its path: however that is spelled, and whatever lies there now"
-    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
     save_model(trained, 'm.safetensors')
     (here / 'other').mkdir()
     shutil.copy('m.safetensors', 'other/copy.safetensors')
@@ -430,7 +399,6 @@ def unread(monkeypatch):
 def test_weights_are_for_the_data_they_were_trained_on(data, here, unread, capsys):
     for name, info in dict(mine=dict(data=data), unknown={}).items():
         save_model(CNN(hidden=9), f'{name}.safetensors', **info)
-    random_noise(CNN(hidden=9).eval(), torch.zeros(2, 1, 28, 28), eps=1.0).save('r.safetensors')
     others = [name for name in ('mnist', 'kmnist', 'fashion_mnist') if name != data]
     for attack in ('fgsm', 'zoo'):
 
@@ -485,9 +453,7 @@ def test_what_stands_at_out_is_not_replaced_by_something_else(
     if kind == 'link to the result' and command[0] == 'attack' and out == 'x.safetensors':
         pytest.skip('an attack replaces results')
     save_model(CNN(hidden=9), 'm.safetensors')
-    result = random_noise(CNN(hidden=9).eval(), torch.zeros(2, 1, 28, 28), eps=1.0)
-    result.success[:] = True
-    result.save('r.safetensors')
+    save_result('r.safetensors')
     something(kind, here / out)
 
     def standing():
@@ -524,8 +490,7 @@ def test_out_that_cannot_be_written_is_found_out_first(command, here, unread, ca
 
 
 @pytest.mark.parametrize('out', ['z' * 243 + '.safetensors', 'new/' + 'é' * 121 + '.safetensors'])
-def test_a_name_of_255_bytes_is_written(out, here, drawn, monkeypatch, capsys):
-    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
+def test_a_name_of_255_bytes_is_written(out, here, offline, capsys):
     common = [*COMMON, '--images', 20]
     assert run(capsys, 'train', 'cnn', '--epochs', 1, '--out', out, *common)[0] == 0
     shutil.move(out, 'm.safetensors')
@@ -552,9 +517,7 @@ HUGE = str(10**30)
     ids=' '.join,
 )
 def test_numbers_that_make_no_sense_are_one_error_before_any_work(command, here, unread, capsys):
-    result = random_noise(CNN(hidden=9).eval(), torch.zeros(2, 1, 28, 28), eps=1.0)
-    result.success[:] = True
-    result.save('r.safetensors')
+    save_result('r.safetensors')
     options = dict(
         train=f"""--seed={HUGE} --seed={2**62} --seed=-1 --images=0 --images=-1 --images={10**9}
             --images={HUGE} --images=1e3 --epochs=0 --epochs={HUGE} --batch-size=0
@@ -577,9 +540,9 @@ def test_numbers_that_make_no_sense_are_one_error_before_any_work(command, here,
         run(capsys, *command, '--data', 'synthetic', '--seed', 2**46)
 
 
-def test_names_that_no_encoding_holds(here, drawn, trained, monkeypatch):
+@pytest.mark.skipif(sys.platform == 'darwin', reason='its file names are UTF-8')
+def test_names_that_no_encoding_holds(here, offline, trained, monkeypatch):
     "Bytes that are not UTF-8, newlines, bars and letters that ASCII lacks: files are written, and told on one line each"
-    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
     folder = os.fsdecode(b'b\xffd|\n\xc3\xa9')
     model, result = f'{folder}/m.safetensors', f'{folder}/a.safetensors'
     commands = [
@@ -642,9 +605,8 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch, here):
 
 
 @pytest.mark.parametrize('command', ['train', 'attack', 'detect'])
-def test_a_write_that_fails_names_its_file(command, here, drawn, trained, monkeypatch, capsys):
+def test_a_write_that_fails_names_its_file(command, here, offline, trained, capsys):
     "As on a full disk, here by a limit on the size of files"
-    monkeypatch.setattr(cli, 'load', lambda name, root: drawn)
     save_model(trained, 'm.safetensors')
     attack = 'attack random_noise --eps .5 --images 20 --model m.safetensors --out'.split()
     detect = 'detect --model m.safetensors --result a.safetensors --out full.csv'.split()
@@ -666,7 +628,7 @@ def test_a_write_that_fails_names_its_file(command, here, drawn, trained, monkey
     assert not list(here.glob('full*'))
 
 
-def test_nobody_has_to_read_or_hear_it(tmp_path):
+def test_closed_full_and_broken_streams_are_no_traceback(tmp_path):
     "Standard output or error that is closed, full, or whose reader has gone, with and without a buffer"
     data = '--data synthetic --no-progress'
     train = f'train cnn --images 20 --epochs 1 {data} --folder'.split()
@@ -717,6 +679,8 @@ sys.exit(cli.main())"""
         assert errors.count('genrobust: error: no model') == is_said
         assert 'Traceback' not in errors
     assert {'out', 'err', 'all'} <= {p.stem for p in tmp_path.glob('*.safetensors')}
+    if sys.platform != 'linux':
+        return  # there is no /dev/full
     full = [
         start(args, '> /dev/full')
         for args in (['--help'], [*attack, tmp_path / 'full.safetensors'])
@@ -726,13 +690,6 @@ sys.exit(cli.main())"""
         assert (
             process.returncode == 2 and 'standard output' in errors and errors.count('\n') == 1
         ), errors
-
-
-def test_the_old_name_of_an_option_works_and_says_the_new_one(capsys):
-    status, _, errors = run(capsys, 'bench', '--contests', 'tennis')
-    warning, error = errors.splitlines()
-    assert status == 2 and warning == 'genrobust: warning: --contests is now --benchmarks'
-    assert "no benchmark 'tennis'" in error
 
 
 def test_every_way_to_start_it():

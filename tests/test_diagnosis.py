@@ -4,16 +4,15 @@ import math
 import warnings
 from copy import deepcopy
 from functools import cache
-from itertools import product
 
 import pytest
 import torch
 from torch import nn
 from torch.autograd import grad as grad_of  # before any check could watch it
 from torchvision.models import resnet18
+from under_attack import NEVER
 
 from genrobust.attacks import apgd, fgsm, random_noise
-from genrobust.data import load_or_synthetic
 from genrobust.deceivers import EXPECTED, OF_TWO_CLASSES, Linear, deceiving_models, honest_models
 from genrobust.diagnosis import (
     ATTACK_CHECKS,
@@ -43,8 +42,8 @@ AROUND_LINEAR = [name for name in EXPECTED if not name.startswith(('expects', 'k
 
 
 @pytest.fixture(scope='module')
-def splits():
-    return load_or_synthetic()[1]
+def splits(loaded):
+    return loaded[1]
 
 
 @pytest.fixture(scope='module')
@@ -147,17 +146,6 @@ def test_deep_bayes_classifiers_are_random_and_nothing_else(fashion, name, monke
     if name == 'gfz':
         result = apgd(model, x, y, eps=0.3, steps=10, loss='margin', early_stop=True)
         assert cross_check(model, x, y, math.inf, 0.3, result, size='quick') == []
-
-
-def test_the_exact_robust_accuracy_is_that_of_all_corners():
-    torch.manual_seed(0)
-    model, x = Linear(6, 3).double(), torch.rand(40, 6, dtype=torch.double)
-    y, ends = model(x).argmax(1), torch.tensor(list(product([-1, 1], repeat=6)))
-    for eps, bounds in ((0.05, (0, 1)), (0.1, (0, 1)), (0.1, (-9, 9))):
-        corners = (x[:, None] + eps * ends).clamp(*bounds)
-        withstand = (model(corners.flatten(0, 1)).argmax(1).view(40, -1) == y[:, None]).all(1)
-        assert torch.equal(model.is_robust(x, y, eps, bounds), withstand)
-        assert 0 < withstand.sum() < 40
 
 
 # --- what each check sees
@@ -420,12 +408,8 @@ def test_nothing_is_checked_where_nothing_was_attacked(linear, splits):
 
 @pytest.mark.parametrize('check', MODEL_CHECKS + ATTACK_CHECKS, ids=lambda c: c.__name__)
 def test_a_check_says_what_it_measures_and_what_to_do(check):
-    assert check.__doc__ and check.advice and check.measure.__name__ == check.__name__
+    assert check.__doc__ and check.advice
     assert callable(check.limit) or check.limit >= 0
-
-
-def never(x):
-    raise AssertionError('the model was asked')
 
 
 def test_bad_input_is_one_clear_error(linear, splits):
@@ -438,7 +422,7 @@ def test_bad_input_is_one_clear_error(linear, splits):
         (dict(x=x * math.nan), 'NaN'),
     ]:
         with pytest.raises(ValueError, match=text):
-            inspect_model(**dict(model=never, x=x, y=y) | own)
+            inspect_model(**dict(model=NEVER, x=x, y=y) | own)
     for own, text in [
         (dict(p=3), 'p must be'),
         (dict(eps=-1), 'eps must be'),
@@ -447,7 +431,7 @@ def test_bad_input_is_one_clear_error(linear, splits):
         (dict(size=1), 'size must be'),
     ]:
         with pytest.raises(ValueError, match=text):
-            cross_check(**dict(model=never, x=x, y=y, p=2, eps=1.0, result=result) | own)
+            cross_check(**dict(model=NEVER, x=x, y=y, p=2, eps=1.0, result=result) | own)
     for own, text in [(dict(y=y + 10), 'y must lie'), (dict(y=y[:2]), 'y must be')]:
         with pytest.raises(ValueError, match=text):
             inspect_model(**dict(model=linear, x=x, y=y) | own)

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from genrobust import results, study
+from genrobust import study
 from genrobust.attacks import apgd, one_vs_all
 from genrobust.data import Images, Splits
 from genrobust.models import (
@@ -32,14 +32,11 @@ from genrobust.results import (
     PRESETS,
     STRONG,
     Preset,
-    clustered,
     markdown_table,
-    mcnemar,
     read_study,
     reproduce,
     smallest_perturbation,
     tables,
-    wilson,
 )
 from genrobust.study import FILES, Stage
 
@@ -191,32 +188,20 @@ def test_the_best_number_of_a_column_is_bold():
         markdown_table('T', rows, highest=['rates'])
 
 
-def truncated(file, *_):
-    file.write_bytes(file.read_bytes()[:-50])
+def of_bytes(change):
+    return lambda file, _: file.write_bytes(change(file.read_bytes()))
 
 
-def emptied(file, *_):
-    file.write_bytes(b'')
-
-
-def flipped(file, *_):
-    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
-
-
-def copied(file, other):
-    shutil.copy(other, file)
-
-
-def rewritten(file, *_, tensors=lambda t: t, about=lambda a: a):
+def rewritten(file, _, tensors=lambda t: t, about=lambda a: a):
     found = load_tensors(file)
     save_tensors(file, tensors(found[0]), **about(found[1]))
 
 
 DAMAGE = dict(
-    truncated=truncated,
-    emptied=emptied,
-    flipped=flipped,
-    copied=copied,
+    truncated=of_bytes(lambda b: b[:-50]),
+    emptied=of_bytes(lambda b: b''),
+    flipped=of_bytes(lambda b: b[:-1] + bytes([b[-1] ^ 1])),
+    copied=lambda file, other: shutil.copy(other, file),
     no_seconds=partial(rewritten, about=lambda a: {k: v for k, v in a.items() if k != 'seconds'}),
     seconds_as_text=partial(rewritten, about=lambda a: a | dict(seconds='1')),
     spent_nan=partial(rewritten, about=lambda a: a | dict(spent=math.nan)),
@@ -346,19 +331,6 @@ def test_names_are_taken_from_whatever_lists_them(run, tmp_path):
     assert {stage.model for stage in run.measured} == {'cnn'}
 
 
-@pytest.mark.parametrize('k, n', [(-1, 5), (6, 5), (math.nan, 5), (0, -1), (1, 0), (1, math.nan)])
-def test_a_rate_that_cannot_be_is_an_error(k, n):
-    with pytest.raises(ValueError, match='0 <= k <= n'):
-        wilson(k, n)
-
-
-def test_without_images_nothing_is_known():
-    none = pd.Series([], dtype=float)
-    assert wilson(0, 0) == wilson(0.0, 0) == clustered(none, none) == (0, 1)
-    low, high = wilson(3.75, 28)
-    assert 0 < low < 3.75 / 28 < high < 1
-
-
 def write_study(folder, n, l2, weights='w'):
     "A study of one model under two attacks, the first on `n` images, the second on 4"
     folder.mkdir()
@@ -423,11 +395,3 @@ def test_targeted_attacks_of_the_study_are_those_of_the_library(drawn):
         assert torch.equal(found.x_adv, expected.x_adv)
         assert (found.l2 if p == 2 else found.linf).max() <= eps * (1 + 1e-5)
         assert (how | dict(attack='one_vs_all(apgd)')).items() <= found.settings.items()
-
-
-def test_mcnemar_counts_the_images_that_only_one_keeps():
-    one = pd.Series([True] * 9 + [False] * 3)
-    other = pd.Series([False] * 8 + [True] * 2 + [False] * 2)
-    only_one, only_other, p = mcnemar(one, other)
-    assert (only_one, only_other) == (8, 1) and p == pytest.approx(2 * (1 + 9) / 2**9)
-    assert mcnemar(one, one) == (0, 0, 1)
