@@ -9,7 +9,7 @@ ifneq ($(GENROBUST_DATA),)
 export GENROBUST_DATA := $(abspath $(GENROBUST_DATA))
 endif
 
-.PHONY: help reproduce study evaluations bench referee test test-gpu lint format sync notebooks-test wheel slow notebooks readme docs
+.PHONY: help reproduce study evaluations others bench referee test test-gpu lint format sync notebooks-test wheel slow notebooks readme docs
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s%s\n", $$1, $$2}' Makefile
 
@@ -40,14 +40,15 @@ IMAGES ?= 200
 evaluations: .venv/ready ## Evaluate our models by the call for yours, in half a day on two cores, by its plan; it goes on where it stopped
 	$(TWO) -- genrobust evaluate cnn cnn_at cnn_at_l2 gfz gfz_at dfz --p 2 inf --images $(IMAGES) --folder results/evaluate/$(IMAGES)
 
-bench: .venv/ready ## Time the attacks beside those of other libraries, which are installed for it
+others: .venv/ready ## Install other libraries of attacks, and run the tests that wait for them
 	$(INSTALL) -e '.[bench]'
 	-$(INSTALL) 'setuptools<81' wheel && $(INSTALL) --no-build-isolation adv-lib
+	-pytest -q tests/test_crosschecks.py tests/test_referee.py
+
+bench: others ## Time the attacks beside those of other libraries
 	genrobust bench
 
-referee: .venv/ready ## Compare the attacks with those of other libraries by their optimality, in a few hours on two cores; it goes on where it stopped
-	$(INSTALL) -e '.[bench]'
-	-$(INSTALL) 'setuptools<81' wheel && $(INSTALL) --no-build-isolation adv-lib
+referee: others ## Compare the attacks with those of other libraries by their optimality, in a few hours on two cores; it goes on where it stopped
 	genrobust bench --optimality
 
 # glibc returns large blocks to Linux whenever one is freed, and Linux blanks them before it lends them again:
@@ -84,8 +85,9 @@ sync: .venv/ready ## Check that notebooks are clean and modules are exported
 	@state() { git status --porcelain; git diff | git hash-object --stdin; }; before=$$(state); nbdev_clean; nbdev_export; \
 	if [ "$$before" != "$$(state)" ]; then echo 'Notebooks were not clean or modules not exported; now they are:'; git status --short; exit 1; fi
 
-notebooks-test: .venv/ready ## Run the fast cells of all notebooks
-	OMP_NUM_THREADS=1 MPLBACKEND=agg nbdev_test --timing
+notebooks-test: .venv/ready ## Run the fast cells of all notebooks, and see that they write nothing to results/
+	@before=$$(git status --porcelain results); OMP_NUM_THREADS=1 MPLBACKEND=agg nbdev_test --timing && \
+	if [ "$$before" != "$$(git status --porcelain results)" ]; then echo 'Fast cells wrote to results/:'; git status --short results; exit 1; fi
 
 VERSION := $(shell sed -n 's/^version = //p' settings.ini)
 wheel: .venv/ready ## Build sdist and wheel, and run the README's example and one attack from the wheel in an empty environment
