@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from genrobust import evaluation, evidence
+from genrobust import evidence
 from genrobust.attacks import apgd, norm, pgd
 from genrobust.data import Images, Splits, load_or_synthetic
 from genrobust.deceivers import FlatTanh, Linear, Rounded, Wrapper, train_briefly
@@ -384,9 +384,7 @@ def test_images_of_one_class_cannot_be_matched():
     assert found.verdict == 'does not apply' and 'other classes' in found.reason
 
 
-def test_checks_are_those_of_the_evaluation():
-    for check in CHECKS:
-        assert getattr(evaluation, check.__name__) is check
+def test_the_numbers_of_the_checks():
     assert set(CHECKS.values()) == {2, 3, 4, 5, 6, 7, 8, 9, 12}
 
 
