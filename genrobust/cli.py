@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from . import __version__, attacks
 from .attacks import AttackResult, one_vs_all, pgd, rescore
 from .attacks.autodiff import is_out_of_memory
+from .attacks.result import norm_name
 from .bench import measure_benchmarks
 from .data import DataError, Images, Splits, class_names, load
 from .detection import check_detect, detect, detected, evaded
@@ -45,7 +46,8 @@ from genrobust.models import (
     save_model,
 )
 from .referee import CONTESTANTS, MODELS, measure_optimality
-from .results import ATTACKS, PRESETS, Preset, reproduce, tables, wilson
+from .results import ATTACKS, PRESETS, Preset, reproduce, tables
+from .statistics import Rate
 from .training import fit, processes
 from .try_it import write_try_it
 
@@ -143,10 +145,6 @@ RECIPES = {
 }  # what `build` and `fit` are given by default, and other data than Fashion-MNIST
 
 # %% ../nbs/27_cli.ipynb #27-011c
-def _first(images, n):
-    return Images(*[v[:n] for v in images])
-
-
 def _check_fit(clf, how):
     "Try the parameters on no image at all"
     none = Images(torch.empty(0, 1, 28, 28), torch.empty(0, dtype=torch.long))
@@ -239,7 +237,7 @@ def _train(args):
     pick_device(args.device)
     jobs = {out: job for out, *job in found}
     splits = {
-        data: Splits(*[_first(part, args.images) for part in load(data, args.root)])
+        data: Splits(*[part.first(args.images) for part in load(data, args.root)])
         for data in dict.fromkeys(data for data, _ in jobs.values())
     }
     failed = []
@@ -342,7 +340,7 @@ def _model(args, name):
 
 def _images(args):
     "The images to attack, their labels, and their places in the test set"
-    x, y = _first(load(args.data, args.root).test, args.images)
+    x, y = load(args.data, args.root).test.first(args.images)
     n = torch.arange(len(y))[y != (-1 if args.target is None else args.target)]
     if not len(n):
         raise ValueError(
@@ -356,10 +354,7 @@ N_TEST = 10_000  # Test images in every data set
 
 def _rate(hits):
     "A rate with its interval; a dash where there is nothing to count"
-    if not len(hits):
-        return '-'
-    low, high = wilson(hits.sum(), len(hits))
-    return f'{hits.mean():.1%} [{low:.1%}, {high:.1%}]'
+    return str(Rate.of(hits)) if len(hits) else '-'
 
 
 def _summary(result, frame, draws):
@@ -570,7 +565,7 @@ def _subject(args, name):
         model = load_pretrained(name, args.device) if from_file else _model(args, name)
     if from_file:
         return model, _from_npz(args.images)
-    return model, _first(load(args.data, args.root).test, args.images)
+    return model, load(args.data, args.root).test.first(args.images)
 
 
 def _which(args, n):
@@ -585,8 +580,7 @@ def _own_folder(args, name, p):
     "Of one model and norm"
     if args.folder is None or len(args.model) == len(args.p) == 1:
         return args.folder
-    norm = 'linf' if p == torch.inf else f'l{p:g}'
-    return Path(args.folder) / f'{Path(name).name.replace(":", "-")}-{norm}'
+    return Path(args.folder) / f'{Path(name).name.replace(":", "-")}-{norm_name(p)}'
 
 # %% ../nbs/27_cli.ipynb #27-018q5
 def _evaluate(args):
@@ -637,7 +631,7 @@ def _add_evaluate(commands, common):
     _options(parser, evaluate, without=('p', 'eps', 'images', 'size', 'progress', 'wait'))
 
 # %% ../nbs/27_cli.ipynb #27-018d
-_SIZES = [
+_PRESET_OPTIONS = [
     ('train', 1, 'training images that detectors learn from'),
     ('valid', 20, 'validation images that thresholds are chosen with'),
     ('test', 1, 'test images that are classified'),
@@ -678,7 +672,7 @@ def _add_reproduce(commands, common):
         'stages that are done lie there in stages/'
     )
     sizes = parser.add_argument_group('sizes', "in place of the preset's")
-    for size, low, about in _SIZES:
+    for size, low, about in _PRESET_OPTIONS:
         sizes.add_argument(f'--{size}', type=partial(_count, low=low), metavar='N', help=about)
 
 # %% ../nbs/27_cli.ipynb #27-018g

@@ -38,8 +38,8 @@ class Images(NamedTuple):
     x: Tensor  # float32 `[N,1,28,28]`
     y: Tensor  # int64 `[N]`, 0 to 9
 
-    def first(self, n: int) -> 'Images':
-        "The first `n`, or all where there are fewer."
+    def first(self, n: int | None) -> 'Images':
+        "The first `n`; all where there are fewer, or for None."
         return Images(self.x[:n], self.y[:n])
 
 

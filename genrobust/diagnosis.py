@@ -35,7 +35,6 @@ from genrobust.attacks.autodiff import (
     gradient_of,
 )
 from .attacks.decision_based import hop_skip_jump
-from .attacks.engine import device_of
 from .attacks.gradient import apgd, fgsm, pgd
 from genrobust.attacks.inputs import (
     LogitsOf,
@@ -63,7 +62,15 @@ from genrobust.attacks.result import (
 )
 from .attacks.score_based import square
 from .attacks.sphere import ddn, fmn
-from .numerics import derive_seed, has_latents, in_parts, no_tf32, seeded, widest
+from genrobust.numerics import (
+    can_be_fixed,
+    derive_seed,
+    device_of,
+    in_parts,
+    no_tf32,
+    seeded,
+    widest,
+)
 from .statistics import wilson
 
 # %% ../nbs/34_diagnosis.ipynb #34-010
@@ -171,7 +178,7 @@ class ModelCase:
         self.x = self.everything[: self.effort.images]
         low, high = as_bounds(bounds, x)
         self.low, self.high = torch.as_tensor(low).min().item(), torch.as_tensor(high).max().item()
-        self.view = model.fixed(seed) if has_latents(model) else Seeded(model, seed)
+        self.view = model.fixed(seed) if can_be_fixed(model) else Seeded(model, seed)
         self.logits = self.ask(self.x)
         labels = self.ask(self.everything).argmax(1) if y is None else y
         self.labels = as_labels(labels, len(x), self.device, 'y')
@@ -371,7 +378,7 @@ def batch_dependence(case: ModelCase) -> float:
     """Largest difference between the answers to an image alone and among others, clean or with
     noise, in units of the largest logit; 1 where it refuses an image alone, and nan for a random
     model that cannot be held fixed"""
-    if not has_latents(case.model) and random_answers.measure(case) > 0:
+    if not can_be_fixed(case.model) and random_answers.measure(case) > 0:
         return math.nan
     with no_tf32():
         found = []
@@ -531,7 +538,7 @@ class AttackCase(ModelCase):
         self.bounds = bounds_of(bounds, self.everything, i)
         self.logits = self.ask(self.x)
         # A random model that cannot be held fixed is judged by the majority of its answers
-        self.draws = 1 if has_latents(self.model) or not random_answers.measure(self) else 15
+        self.draws = 1 if can_be_fixed(self.model) or not random_answers.measure(self) else 15
         fallen = self.is_fooled(result.x_adv[i]) if self.draws > 1 else result.success[i]
         self.standing = (~fallen.to(self.device)).nonzero().squeeze(1)
 

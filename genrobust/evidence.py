@@ -41,7 +41,7 @@ from genrobust.attacks.inputs import (
     check_positive,
     within_bounds,
 )
-from .attacks.result import AttackResult, require
+from .attacks.result import AttackResult, norm_name, require
 from .attacks.score_based import spsa, square
 from .attacks.zeroth_order import zoo
 from .data import Images, Splits, load_or_synthetic
@@ -739,10 +739,6 @@ CHECKS = {
 # %% ../nbs/41_checks.ipynb #41-054
 BALLS = (math.inf, 0.1), (2, 1.0)  # Norm and radius
 
-
-def _norm_name(p):
-    return 'linf' if p == math.inf else f'l{p:g}'
-
 # %% ../nbs/41_checks.ipynb #41-055
 def _trial(clf, splits, sources, with_detectors, **own):
     "A model with what the checks compare it with"
@@ -759,7 +755,7 @@ def _measured(check, trial):
     "A check as a row of a table"
     begun, found = time.perf_counter(), check(trial)
     about = found._asdict()
-    row = dict(check=about.pop('name'), norm=_norm_name(trial.p), eps=trial.eps, **about)
+    row = dict(check=about.pop('name'), norm=norm_name(trial.p), eps=trial.eps, **about)
     row['rates'] = json.dumps({name: round(rate, 6) for name, rate in found.rates.items()})
     return dict(row, size=trial.size, seconds=time.perf_counter() - begun)
 
@@ -788,7 +784,7 @@ def measure_checks(
         rows, keys = read_rows(file, **about), ['check', 'norm', 'eps', 'size']
         done = set(rows.reindex(columns=keys).itertuples(index=False, name=None))
         for p, eps in balls:
-            at = _norm_name(p), eps
+            at = norm_name(p), eps
             todo = [check for check in CHECKS if (check.__name__, *at, size) not in done]
             own = dict(p=p, eps=eps, seed=seed, size=size)
             others = {k: source for k, source in loaded.items() if k != model}
@@ -817,5 +813,5 @@ def measure_transfer(
     loaded, frames = load_models(models, partial(load_pretrained, device=device)), []
     for p, eps in balls:
         found = transfer_matrix(loaded, test.x[:images], test.y[:images], p=p, eps=eps, seed=seed)
-        frames.append(found.assign(norm=_norm_name(p), eps=eps))
+        frames.append(found.assign(norm=norm_name(p), eps=eps))
     write_rows(folder / 'transfer.csv', *frames, exact=['eps'])

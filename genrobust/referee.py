@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'CONTESTANTS', 'MODELS', 'robustness_curve', 'area', 'optimality', 'measured_sizes', 'Contestant',
-           'smallest_eps', 'one_radius', 'run_contestant', 'read_referee', 'optimality_table', 'measure_optimality']
+           'smallest_eps', 'one_radius', 'run_contestant', 'optimality_table', 'measure_optimality']
 
 # %% ../nbs/18_referee.ipynb #18-005
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +22,13 @@ from torch import Tensor, nn
 
 # %% ../nbs/18_referee.ipynb #18-005b
 from . import __version__
+from .attacks import alma, apgd, carlini_wagner, ddn, deepfool, fab, fmn, superdeepfool
 from .attacks.inputs import check_counts, check_range
 from .attacks.result import AttackResult, norm, require
-from .bench import ADAPTERS, PassCounter, machine
+from .bench import ADAPTERS, PassCounter, library_version, machine
 from .data import N_VALID, load_or_synthetic
-from .files import digest, read_rows, writable, write_rows, write_whole
+from .ensembles import worst_case
+from .files import digest, grow_rows, writable, write_whole
 from .models import load_models, load_pretrained, pick_device, predict
 from .numerics import derive_seed, no_tf32, seeded, widest
 
@@ -128,12 +128,11 @@ def one_radius(
     return attack_all
 
 # %% ../nbs/18_referee.ipynb #18-034
-def _ours(name, settings, module='attacks'):
+def _ours(attack, settings):
     """An attack of genrobust with `settings(p, steps, jacobians)`: how many steps with the gradient
     of one number, or of all logits, the budget allows"""
 
     def run(model, x, y, p, passes):
-        attack = getattr(import_module(f'genrobust.{module}'), name)
         each = 2 if hasattr(model, 'per_class_logits') else 11
         return attack(model, x, y, **settings(p, max(1, passes // 2), max(1, passes // each)))
 
@@ -143,15 +142,15 @@ def _ours(name, settings, module='attacks'):
 _ROUNDS, _START = 8, {2.0: 1.0, math.inf: 0.1}  # of the search for the smallest radius
 
 
-def _ours_in_a_ball(name, **settings):
+def _ours_in_a_ball(attack, **settings):
     "An attack of genrobust within a ball, by bisection over its radius"
 
     def run(model, x, y, p, passes):
-        attack, steps = getattr(import_module('genrobust.attacks'), name), passes // (2 * _ROUNDS)
+        steps = max(1, passes // (2 * _ROUNDS))
         spent = torch.zeros(2, len(x), dtype=torch.long, device=x.device)
 
         def within(eps):
-            given = dict(eps=eps, p=p, steps=max(1, steps), early_stop=True, **settings)
+            given = dict(eps=eps, p=p, steps=steps, early_stop=True, **settings)
             result = attack(model, x, y, **given)
             spent.add_(torch.stack([result.forwards, result.backwards]))
             return result.x_adv, result.success
@@ -237,19 +236,17 @@ def _superdeepfool_adv_lib(p, passes):
 
 # %% ../nbs/18_referee.ipynb #18-040
 _OURS = {
-    'genrobust.deepfool': Contestant(_ours('deepfool', lambda p, n, m: dict(p=p))),
-    'genrobust.superdeepfool': Contestant(_ours('superdeepfool', lambda p, n, m: dict(p=p))),
+    'genrobust.deepfool': Contestant(_ours(deepfool, lambda p, n, m: dict(p=p))),
+    'genrobust.superdeepfool': Contestant(_ours(superdeepfool, lambda p, n, m: dict(p=p))),
     'genrobust.carlini_wagner': Contestant(
-        _ours('carlini_wagner', lambda p, n, m: dict(steps=max(1, n // 5))), _L2
+        _ours(carlini_wagner, lambda p, n, m: dict(steps=max(1, n // 5))), _L2
     ),
-    'genrobust.ddn': Contestant(_ours('ddn', lambda p, n, m: dict(steps=n)), _L2),
-    'genrobust.alma': Contestant(_ours('alma', lambda p, n, m: dict(steps=n)), _L2),
-    'genrobust.fmn': Contestant(_ours('fmn', lambda p, n, m: dict(p=p, steps=n))),
-    'genrobust.fab': Contestant(_ours('fab', lambda p, n, m: dict(p=p, steps=m))),
-    'genrobust.apgd': Contestant(_ours_in_a_ball('apgd', loss='dlr')),
-    'genrobust.worst_case': Contestant(
-        _ours('worst_case', lambda p, n, m: dict(p=p), 'evaluation')
-    ),
+    'genrobust.ddn': Contestant(_ours(ddn, lambda p, n, m: dict(steps=n)), _L2),
+    'genrobust.alma': Contestant(_ours(alma, lambda p, n, m: dict(steps=n)), _L2),
+    'genrobust.fmn': Contestant(_ours(fmn, lambda p, n, m: dict(p=p, steps=n))),
+    'genrobust.fab': Contestant(_ours(fab, lambda p, n, m: dict(p=p, steps=m))),
+    'genrobust.apgd': Contestant(_ours_in_a_ball(apgd, loss='dlr')),
+    'genrobust.worst_case': Contestant(_ours(worst_case, lambda p, n, m: dict(p=p))),
 }
 
 # %% ../nbs/18_referee.ipynb #18-040b
@@ -273,17 +270,9 @@ CONTESTANTS = _OURS | _OTHERS  # by library and name
 
 # %% ../nbs/18_referee.ipynb #18-050
 def _version(name):
-    "Version of a contestant's library; None where that is not installed, or has no such attack"
-    library, attack = name.split('.')
-    try:
-        if library == 'genrobust':
-            home = 'evaluation' if attack == 'worst_case' else 'attacks'
-            getattr(import_module(f'genrobust.{home}'), attack)
-            return __version__
-        import_module('adv_lib.attacks' if library == 'adv_lib' else library)
-        return version(library.replace('_', '-'))
-    except (ImportError, AttributeError, PackageNotFoundError):
-        return None
+    "Version of a contestant's library; None where that is not installed"
+    library = name.split('.')[0]
+    return __version__ if library == 'genrobust' else library_version(library)
 
 # %% ../nbs/18_referee.ipynb #18-052
 def run_contestant(
@@ -318,18 +307,11 @@ def run_contestant(
 # %% ../nbs/18_referee.ipynb #18-054
 _COLUMNS = 'model norm attack library version passes image size forwards backwards'.split()
 
-
-def read_referee(
-    folder: str | Path = 'results/referee',  # That `measure_optimality` wrote to
-) -> "'pd.DataFrame'":  # A row for each image, model, norm and contestant
-    "All results in a folder; a `ValueError` if there are none."
-    import pandas as pd
-
-    files = sorted(Path(folder).glob('*-*.csv'))
-    require(len(files) > 0, f'no results of a referee in {folder}')
-    return pd.concat(map(read_rows, files), ignore_index=True)
-
 # %% ../nbs/18_referee.ipynb #18-056
+class _Failed(Exception):
+    "An attack of another library raised an error"
+
+
 class _Job(NamedTuple):
     "One contestant on one model"
 
@@ -348,25 +330,21 @@ class _Job(NamedTuple):
 
         device = next(self.model.parameters()).device
         x, y = (v[start:stop].to(device) for v in images)
-        found = run_contestant(self.name, self.model, x, y, NORMS[self.norm], self.passes, start)
         library, attack = self.name.split('.')
+        how = NORMS[self.norm], self.passes, start
+        try:
+            found = run_contestant(self.name, self.model, x, y, *how)
+        except Exception as e:
+            if library == 'genrobust':
+                raise
+            raise _Failed(f'{type(e).__name__}: {e}') from e
         about = dict(model=self.label, norm=self.norm, attack=attack, library=library)
         about |= dict(version=_version(self.name), passes=self.passes)
         return pd.DataFrame(dict(about, image=range(start, stop), **found))[_COLUMNS]
 
-# %% ../nbs/18_referee.ipynb #18-056b
-def _run_job(job, images, n, folder, say):
-    "Attack the first `n` images, but for those that a file holds already, in parts"
-    file, size = job.file(folder), 25 if hasattr(job.model, 'per_class_logits') else 50
-    table = read_rows(file)
-    for start in range(len(table), n, size):
-        begun, stop = time.perf_counter(), min(start + size, n)
-        table = write_rows(file, table, job.rows(images, start, stop))
-        say(f'{file.stem}: {stop} of {n} images, {time.perf_counter() - begun:.0f} s')
-
 # %% ../nbs/18_referee.ipynb #18-058
 def optimality_table(
-    frame: "'pd.DataFrame'",  # Rows of `read_referee`
+    frame: "'pd.DataFrame'",  # By `read_folder`, of what `measure_optimality` wrote
 ) -> "'pd.DataFrame'":  # A row for each model, norm, contestant and budget, the best first
     """Optimality, success rate and passes of each contestant.
 
@@ -431,7 +409,7 @@ def measure_optimality(
 
     Each contestant has a file, `MODEL-NORM-CONTESTANT-PASSES.csv`, that grows as images are
     attacked: a run that was ended goes on, and one with more images attacks only the new ones. An
-    error of an attack is told, and the next contestant begins."""
+    error of another library's attack is told, and the next contestant begins."""
     norms, names = _chosen(norms, NORMS, 'norm'), _chosen(attacks, CONTESTANTS, 'contestant')
     given = {k: v for k, v in dict(images=images, passes=passes).items() if v is not None}
     check_counts(**given)
@@ -449,8 +427,9 @@ def measure_optimality(
         model = loaded[label].fixed(0)
         is_bayes = hasattr(model, 'per_class_logits')
         job = _Job(model, label, norm_name, name, passes or (200 if is_bayes else 1000))
+        n, at_once = images or (50 if is_bayes else 100), 25 if is_bayes else 50
         try:
-            _run_job(job, splits.valid, images or (50 if is_bayes else 100), folder, say)
-        except Exception as e:
-            say(f'{name} failed on {label}, {norm_name}: {type(e).__name__}: {e}')
+            grow_rows(job.file(folder), n, at_once, partial(job.rows, splits.valid), say)
+        except _Failed as e:
+            say(f'{name} failed on {label}, {norm_name}: {e}')
     return folder

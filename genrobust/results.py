@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'REPORT', 'smallest_perturbation', 'robust_accuracy', 'plot_robust', 'read_study', 'markdown_table', 'tables',
-           'show_attacks', 'reproduce', 'wilson', 'clustered', 'mcnemar', 'ATTACKS', 'STRONG', 'SIZES', 'N_DIGITS',
+           'show_attacks', 'reproduce', 'wilson', 'clustered', 'mcnemar', 'ATTACKS', 'STRONG', 'IN_BALLS', 'N_DIGITS',
            'PRESETS', 'Preset', 'Stage', 'plan']
 
 # %% ../nbs/12_results.ipynb #12-005
@@ -25,13 +25,16 @@ from .compat import renamed
 from .data import class_names
 from .detection import detected
 from .files import write_whole
-from .statistics import clustered, mcnemar, wilson
-from .study import ATTACKS, N_DIGITS, PRESETS, SIZES, STRONG, Preset, Stage, plan, run
+from .statistics import Rate, clustered, mcnemar, wilson
+from .study import ATTACKS, IN_BALLS, N_DIGITS, PRESETS, STRONG, Preset, Stage, plan, run
 
 # %% ../nbs/12_results.ipynb #12-005z
-_all_ = [wilson, clustered, mcnemar, ATTACKS, STRONG, SIZES, N_DIGITS, PRESETS, Preset, Stage, plan]
+_all_ = [wilson, clustered, mcnemar]
+_all_ += [ATTACKS, STRONG, IN_BALLS, N_DIGITS, PRESETS, Preset, Stage, plan]
 
-__getattr__ = renamed(__name__, smallest_change='smallest_perturbation', FOREIGN='N_DIGITS')
+__getattr__ = renamed(
+    __name__, smallest_change='smallest_perturbation', FOREIGN='N_DIGITS', SIZES='IN_BALLS'
+)
 
 # %% ../nbs/12_results.ipynb #12-033
 def smallest_perturbation(
@@ -203,11 +206,7 @@ def markdown_table(
 # %% ../nbs/12_results.ipynb #12-021a0
 def _rate(hits, cluster=None):
     "A rate with its interval; below 30 images a count"
-    n, k = len(hits), hits.sum()
-    if n < 30:
-        return f'{k:.3g} of {n}'
-    low, high = wilson(k, n) if cluster is None else clustered(hits.astype(float), cluster)
-    return f'{k / n:.1%} [{low:.1%}, {high:.1%}]'
+    return str(Rate.of(hits, cluster)) if len(hits) >= 30 else f'{hits.sum():.3g} of {len(hits)}'
 
 
 def _mean(values, cluster):
@@ -341,7 +340,7 @@ def _accuracies(clean):
 def tables(
     *folders: str | Path,  # Written by `reproduce`, one or more; of several as `read_study` has it
     models: list | None = None,  # Names; default: all that were measured
-    attacks: list | None = None,  # Default: all that were measured, `SIZES` only if alone
+    attacks: list | None = None,  # Default: all that were measured, `IN_BALLS` only if alone
 ) -> str:  # Markdown
     """The report's Tables 1 to 5 beside what was measured; a `ValueError` if the studies do not go
     together."""
@@ -350,7 +349,8 @@ def tables(
         read_study(name, *folders) for name in ('images', 'clean', 'detectors', 'seconds')
     )
     clean, seconds = (rows[rows.model.isin(models or rows.model)] for rows in (clean, seconds))
-    seconds = seconds[seconds.attack.isin(attacks or set(seconds.attack) - set(SIZES) or SIZES)]
+    shown = attacks or set(seconds.attack) - set(IN_BALLS) or IN_BALLS
+    seconds = seconds[seconds.attack.isin(shown)]
     found = list(_measured(images, clean, detectors, seconds))
     label = 'synthetic images' if settings['data'] == 'synthetic' else 'Fashion-MNIST'
     rejected = 'Share of successes that detectors reject at 5 % false positives'

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['lower_confidence_bound', 'count_classes', 'Certificate', 'certify', 'certified_accuracy', 'measure_smoothing',
-           'read_smoothing', 'predict_split', 'measure_split', 'Smoothed', 'measure_attacked']
+           'predict_split', 'measure_split', 'Smoothed', 'measure_attacked']
 
 # %% ../nbs/39_smoothing.ipynb #39-005
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +32,7 @@ from .attacks.random_numbers import Keys, normal
 from .attacks.result import norm, require
 from .attacks.sphere import ddn
 from .data import load
-from .files import digest, read_rows, writable, write_rows
+from .files import digest, grow_rows, read_rows, writable, write_rows
 from .models import BayesClassifier, load_models, load_pretrained, predict
 from .numerics import batch_for, check_seed, derive_seed, device_of, fix_latents, seeded
 from .statistics import wilson
@@ -92,10 +91,10 @@ def count_classes(
     size = batch_for(x[:1].to(device), 100) if batch_size is None else batch_size
     check_counts(n=n, batch_size=size)
     uses = check_seed(first) + torch.arange(n, device=device)
-    positions = torch.arange(len(x)) if numbers is None else numbers
-    require(len(positions) == len(x), f'expected {len(x)} numbers, found {len(positions)}')
+    numbers = torch.arange(len(x)) if numbers is None else numbers
+    positions = as_labels(numbers, len(x), device, 'numbers')
     counts = []
-    for image, position in zip(x, positions.to(device)):
+    for image, position in zip(x, positions):
         with seeded(derive_seed('latents', seed, position.item(), first), device):
             one = _count(model, image.to(device), sigma, (key, position), uses, size)
         counts.append(one)
@@ -182,22 +181,25 @@ def certified_accuracy(
     return pd.DataFrame(rows, columns=['radius', 'accuracy', 'low', 'high'])
 
 # %% ../nbs/39_smoothing.ipynb #39-060s1
+def _columns(measure_part, model, test, about, start, stop):
+    "Of some images: settings, the image, its label, and what is measured"
+    i = torch.arange(start, stop)
+    of_image = dict(image=i.numpy(), y=test.y[i].numpy())
+    return about | of_image | measure_part(model, test.x[i], test.y[i], i, about)
+
+
 def _measure(measure_part, models, sigmas, images, folder, where, **about):
     "A file for each model and sigma, which grows by 5 images at a time"
     folder, test = writable(folder), load(about['data'], where['root']).test
+    check_range(1, len(test.x), images=images)
     named = load_models(models, partial(load_pretrained, device=where['device']))
     for (label, model), sigma in product(named.items(), map(float, sigmas)):
         check_positive(sigma=sigma)
-        of_model = dict(model=label, weights=digest(model.state_dict())[:12], sigma=sigma)
-        file, settings = folder / f'{label}-{sigma:g}.csv', about | of_model
-        table = read_rows(file, **settings)
-        for start in range(len(table), images, 5):
-            begun, numbers = time.perf_counter(), torch.arange(start, min(start + 5, images))
-            rows = measure_part(model, test.x[numbers], test.y[numbers], numbers, settings)
-            of_image = dict(image=numbers.numpy(), y=test.y[numbers].numpy())
-            table = write_rows(file, table, settings | of_image | rows, exact=['sigma'])
-            seconds = time.perf_counter() - begun
-            where['say'](f'{file.stem}: {len(table)} of {images} images, {seconds:.1f} s')
+        weights = digest(model.state_dict())[:12]
+        settings = about | dict(model=label, weights=weights, sigma=sigma)
+        columns = partial(_columns, measure_part, model, test, settings)
+        file, say = folder / f'{label}-{sigma:g}.csv', where['say']
+        grow_rows(file, images, 5, columns, say, exact=['sigma'], **settings)
     return folder
 
 # %% ../nbs/39_smoothing.ipynb #39-062
@@ -233,17 +235,6 @@ def measure_smoothing(
     about |= dict(n0=n0, n=n)
     return _measure(_counted, models, sigmas, images, folder, where, **about)
 
-# %% ../nbs/39_smoothing.ipynb #39-062s2
-def read_smoothing(
-    folder: str | Path = 'results/smoothing',  # That `measure_smoothing` wrote to
-) -> "'pd.DataFrame'":  # A row for each image, model and sigma
-    "All files of a folder; a `ValueError` if there are none."
-    import pandas as pd
-
-    files = sorted(Path(folder).glob('*.csv'))
-    require(len(files) > 0, f'no tables in {folder}: run measure_smoothing first')
-    return pd.concat(map(read_rows, files), ignore_index=True)
-
 # %% ../nbs/39_smoothing.ipynb #39-070
 def predict_split(
     model: BayesClassifier,
@@ -277,7 +268,8 @@ def measure_split(
     `MODEL.csv` for each model, which is not measured again."""
     check_counts(images=images)
     folder, test = writable(folder), load(data, root).test
-    x, y = test.x[:images], test.y[:images]
+    check_range(1, len(test.x), images=images)
+    x, y = test.first(images)
     key = Keys(derive_seed('split', check_seed(seed)), torch.arange(len(x)), torch.tensor(0))
     noise, pairs = normal(key, *x.shape[1:]), [(1, 0), (0, 1), (1, 1)]
     for label, model in load_models(models, partial(load_pretrained, device=device)).items():

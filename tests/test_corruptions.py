@@ -11,7 +11,7 @@ from under_attack import Counting
 
 from genrobust.corruptions import (
     compare,
-    measure,
+    measure_corruptions,
     read_corruptions,
     shares_right,
     summarise,
@@ -38,15 +38,15 @@ def plain(frame):
 
 def test_measuring_goes_on_where_it_ended(tmp_path):
     model = linear()
-    measure(dict(m=model), IMAGES, tmp_path, corruptions=NAMES[:1], severities=[1, 4])
+    measure_corruptions(dict(m=model), IMAGES, tmp_path, corruptions=NAMES[:1], severities=[1, 4])
     assert model.forwards == 12 * (1 + 1 + 2)  # clean, for the detector and a row; two severities
     model.forwards = 0
-    whole = measure(dict(m=model), IMAGES, tmp_path, corruptions=NAMES)
+    whole = measure_corruptions(dict(m=model), IMAGES, tmp_path, corruptions=NAMES)
     assert model.forwards == 12 * (1 + 3 + 5)
     model.forwards = 0
-    again = measure(dict(m=model), IMAGES, tmp_path, corruptions=NAMES, batch_size=5)
+    again = measure_corruptions(dict(m=model), IMAGES, tmp_path, corruptions=NAMES, batch_size=5)
     assert model.forwards == 0 and plain(again) == plain(whole) == plain(read_corruptions(tmp_path))
-    at_once = measure(dict(m=model), IMAGES, corruptions=NAMES, batch_size=5)
+    at_once = measure_corruptions(dict(m=model), IMAGES, corruptions=NAMES, batch_size=5)
     keep = ['corruption', 'severity', 'right', 'predictions']
     key = ['corruption', 'severity']
     assert at_once[keep].sort_values(key).to_csv(index=False) == whole[keep].sort_values(
@@ -57,15 +57,15 @@ def test_measuring_goes_on_where_it_ended(tmp_path):
 def test_a_file_of_other_inputs_is_refused(tmp_path):
     model = linear()
     how = dict(corruptions=['fog'], severities=[1])
-    measure(dict(m=model), IMAGES, tmp_path, **how)
+    measure_corruptions(dict(m=model), IMAGES, tmp_path, **how)
     written = (tmp_path / 'm.csv').read_bytes()
     model.forwards = 0
     for images, seed in ((Images(IMAGES.x[:4], IMAGES.y[:4]), 0), (IMAGES, 1)):
         with pytest.raises(ValueError, match='take another folder'):
-            measure(dict(m=model), images, tmp_path, seed=seed, **how)
+            measure_corruptions(dict(m=model), images, tmp_path, seed=seed, **how)
     nn.init.zeros_(model.inner[1].bias)
     with pytest.raises(ValueError, match='inputs'):
-        measure(dict(m=model), IMAGES, tmp_path, **how)
+        measure_corruptions(dict(m=model), IMAGES, tmp_path, **how)
     assert model.forwards == 0 and (tmp_path / 'm.csv').read_bytes() == written
 
 
@@ -86,12 +86,12 @@ def test_a_file_of_other_inputs_is_refused(tmp_path):
 def test_a_mistake_is_found_before_the_model_is_asked(given, message):
     model = linear()
     with pytest.raises(ValueError, match=message):
-        measure(**dict(models=dict(m=model), images=IMAGES) | given)
+        measure_corruptions(**dict(models=dict(m=model), images=IMAGES) | given)
     assert model.forwards == 0
 
 
 def test_a_missing_folder_says_what_to_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match='run measure'):
+    with pytest.raises(FileNotFoundError, match='measure first'):
         read_corruptions(tmp_path)
 
 
@@ -99,8 +99,8 @@ def test_draws_of_latents_share_a_file_and_densities_a_detector(tmp_path):
     small = dict(latent=4, hidden=8, n_samples=2)
     models = {name: BayesClassifier(name, **small).eval() for name in ('GFZ', 'DFX')}
     how = dict(corruptions=['gaussian_noise'], severities=[5])
-    first = measure(models, IMAGES, tmp_path, **how)
-    both = measure(models, IMAGES, tmp_path, latents=1, **how)
+    first = measure_corruptions(models, IMAGES, tmp_path, **how)
+    both = measure_corruptions(models, IMAGES, tmp_path, latent_seed=1, **how)
     assert len(first) == 4 and len(both) == 8 and set(both.latents) == {0, 1}
     gfz = both[both.model == 'GFZ']
     assert gfz.log_px.nunique() == 4  # another draw, another estimate
@@ -112,7 +112,7 @@ def test_draws_of_latents_share_a_file_and_densities_a_detector(tmp_path):
 
 
 def test_the_mean_corruption_error_of_the_baseline_is_one():
-    rows = measure(dict(cnn=linear(), b=linear(1)), IMAGES, corruptions=NAMES)
+    rows = measure_corruptions(dict(cnn=linear(), b=linear(1)), IMAGES, corruptions=NAMES)
     table = summarise(rows, IMAGES.y)
     assert table.mce['cnn'] == 1 and (table.low < table.corrupted).all()
     assert (table.corrupted < table.high).all()

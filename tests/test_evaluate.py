@@ -135,7 +135,7 @@ def test_what_fell_at_a_small_radius_is_attacked_no_more(monkeypatch):
 
 
 def test_larger_sizes_do_more():
-    sizes = [evaluation._white_box_jobs(2, [0.5, 1], size) for size in SIZES]
+    sizes = [evaluation._white_box_jobs(2, [0.5, 1], size, math.inf) for size in SIZES]
     assert len(sizes[0]) < len(sizes[1]) < len(sizes[2])
     few = evaluation._white_box_jobs(2, [0.5, 1], 'standard', 900)
     assert 2 < len(few) < len(sizes[1]) and {job.name for job in few} <= {

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from under_attack import NEVER, Prototypes
 
-from genrobust import evaluation, evidence
+from genrobust import evidence
 from genrobust.attacks import apgd, norm, pgd
 from genrobust.data import Splits
 from genrobust.deceivers import FlatTanh, Linear, Rounded, Wrapper, train_briefly
@@ -369,11 +369,6 @@ def test_images_of_one_class_cannot_be_matched():
     net.bias.data = torch.tensor([9.0, 0.0, 0.0])
     found = evidence.matching(Trial(net, x, y, eps=0.1, size='quick'))
     assert found.verdict == 'does not apply' and 'other classes' in found.reason
-
-
-def test_evaluation_offers_every_check_of_a_study():
-    for check in CHECKS:
-        assert getattr(evaluation, check.__name__) is check
 
 
 def test_bad_input_is_one_error(splits):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save
@@ -23,8 +25,10 @@ from genrobust.files import (
     claimed,
     digest,
     load_tensors,
+    read_rows,
     save_tensors,
     writable,
+    write_rows,
     write_whole,
 )
 from genrobust.models import (
@@ -389,6 +393,12 @@ def test_an_error_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):
         write_whole(tmp_path / 'a' / 'b', '')
     with pytest.raises(OSError, match=f'cannot write to the folder {tmp_path}/a'):
         writable(tmp_path / 'a')
+
+
+@pytest.mark.parametrize('name', ['NA', 'nan', 'null', 'None'])
+def test_a_model_that_is_called_as_pandas_calls_nothing_is_found_again(name, tmp_path):
+    rows = write_rows(tmp_path / 'rows.csv', [dict(model=name, share=math.nan)])
+    pd.testing.assert_frame_equal(read_rows(tmp_path / 'rows.csv', model=name), rows)
 
 
 def test_a_device_stays_one():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from genrobust.data import Splits, synthetic
+from genrobust.files import read_folder
 from genrobust.models import CNN, BayesClassifier, save_model
 from genrobust.smoothing import (
     Certificate,
@@ -19,7 +20,6 @@ from genrobust.smoothing import (
     measure_smoothing,
     measure_split,
     predict_split,
-    read_smoothing,
 )
 
 SMALL = dict(latent=4, hidden=8, n_samples=2, n_classes=3)
@@ -153,8 +153,8 @@ def test_a_measurement_goes_on_where_it_ended(weights, tmp_path):
         how['say'] = said.append
         measure_smoothing([weights['net']], [0.5], images, folder=twice, **how)
         assert len(said) == parts
-    pd.testing.assert_frame_equal(read_smoothing(once), read_smoothing(twice))
-    rows = read_smoothing(once)
+    pd.testing.assert_frame_equal(read_folder(once), read_folder(twice))
+    rows = read_folder(once)
     assert rows.image.tolist() == list(range(45))
     assert (rows.filter(regex='^c[0-9]').sum(axis=1) == 20).all()
     before = (once / 'net-0.5.csv').read_bytes()
@@ -165,6 +165,14 @@ def test_a_measurement_goes_on_where_it_ended(weights, tmp_path):
     with pytest.raises(ValueError, match='weights'):
         measure_smoothing([weights['net']], [0.5], 60, folder=once, **how)
     assert (once / 'net-0.5.csv').read_bytes() == before
+
+
+@pytest.mark.parametrize('measure', [measure_smoothing, measure_attacked, measure_split])
+def test_more_images_than_there_are_are_refused_before_any_work(measure, weights, tmp_path):
+    how = dict(folder=tmp_path / 'new', data='synthetic', device='cpu', say=lambda text: None)
+    with pytest.raises(ValueError, match='images must be a finite number from 1 to 60, found 61'):
+        measure([weights['bayes']], [0.5], 61, **how)
+    assert not (tmp_path / 'new').exists()
 
 
 def test_a_sigma_of_any_length_is_found_again(weights, tmp_path):
@@ -180,11 +188,11 @@ def test_all_measurements_take_a_bayes_classifier(weights, tmp_path):
     folders = [tmp_path / name for name in ('attacked', 'split')]
     small = dict(n0=5, n=30, draws=2, steps=2)
     measure_attacked([weights['bayes']], [0.5], 3, folder=folders[0], **small, **how)
-    rows = read_smoothing(folders[0])
+    rows = read_folder(folders[0])
     assert len(rows) == 3 and (rows.l2[rows.certified != rows.y] == 0).all()
     assert (rows.l2 > rows.radius)[rows.certified == rows.y].all()
     measure_split([weights['bayes']], [0.5], 6, folder=folders[1], **how)
-    table = read_smoothing(folders[1])
+    table = read_folder(folders[1])
     kinds = list(zip(table.sigma, table.encoder, table.densities))
     assert kinds == [
         (0, 'clean', 'clean'),

@@ -60,10 +60,10 @@ from genrobust.attacks.inputs import (
 )
 from genrobust.numerics import (
     batch_for,
+    can_be_fixed,
     check_seed,
     derive_seed,
     fix_latents,
-    has_latents,
     seeded,
     widest,
 )
@@ -504,7 +504,7 @@ def _deterministic(model, options):
         found = fix_latents(model, seed)
     if found is not model:
         noise = dict(noise_seed=seed)
-    if draws > 1 and not can_average and (noise or not has_latents(model)):
+    if draws > 1 and not can_average and (noise or not can_be_fixed(model)):
         found, noise = EOT(model, draws), {}
     cost = (1 if found is model else draws) * (model.draws if isinstance(model, EOT) else 1)
     if hasattr(found, 'noise_settings'):
@@ -639,7 +639,7 @@ def attack_batch(
 def _unknown(state, x):
     """Which points were not evaluated last `[b]`: all, unless the model gives the same logits in
     another batch"""
-    repeats = x.device.type == 'cpu' and has_latents(state.model)
+    repeats = x.device.type == 'cpu' and can_be_fixed(state.model)
     if not repeats or is_training(state.model):
         return state.all
     return (x != state.last_x).flatten(1).any(1).nonzero().squeeze(1)

@@ -9,7 +9,7 @@ from small import Plain, classifier, ready, some
 
 from genrobust import numerics
 from genrobust.attacks import ddn, pgd
-from genrobust.corruptions import corrupt, measure
+from genrobust.corruptions import corrupt, measure_corruptions
 from genrobust.data import Images
 from genrobust.deceivers import Linear
 from genrobust.diagnosis import EFFORTS, Effort
@@ -73,7 +73,8 @@ def test_measures(home):
     model, (x, y) = ready(Plain()), some(8, home)
     y = own_labels(model, x)
     assert corrupt(x, 'fog', 3).device.type == home
-    assert len(measure(dict(plain=model), Images(x, y), corruptions=['fog'], severities=(3,))) == 2
+    few = dict(corruptions=['fog'], severities=(3,))
+    assert len(measure_corruptions(dict(plain=model), Images(x, y), **few)) == 2
     assert certify(model, x[:1], sigma=0.25, n0=5, n=20).radius.dtype == torch.float64
 
 
