@@ -86,6 +86,15 @@ def test_no_credit_without_success(plane):
     assert sizes.tolist() == [math.inf, math.inf, math.inf, 0]
 
 
+def test_logits_that_are_no_numbers_are_no_success(plane):
+    model, x, y = plane
+    moved = x.clone()
+    moved[:, 0, 0, 0] = 0.9
+    assert measured_sizes(model, x, y, moved, 2)[:3].isfinite().all()
+    undefined = lambda v: model(v).masked_fill(model(v) > 0.3, math.nan)
+    assert measured_sizes(undefined, x, y, moved, 2).tolist() == [math.inf] * 3 + [0]
+
+
 def test_a_success_outside_the_bounds_is_none(plane):
     model, x, y = plane
     beyond = x.clone()
