@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .attacks.inputs import as_labels, check_choice, check_counts, check_labels
+from .attacks.inputs import Wrapped, as_labels, check_choice, check_counts, check_labels
 from .attacks.result import AttackResult, require
 from .compat import renamed
 from .detection import REJECTED, Detector
@@ -36,15 +36,17 @@ __getattr__ = renamed(
 )
 
 # %% ../nbs/11_adaptive.ipynb #11-007
-class AttackView(nn.Module):
+class AttackView(Wrapped):
     "A deterministic model as an attacker sees it"
+
+    passed, rewrapped = ('images_at_once',), ()
 
     def __init__(
         self,
         model: nn.Module,  # Images to logits, the same at every call
         **settings,  # For the record: `AttackResult.settings['noise']`
     ):
-        super().__init__()
+        super().__init__(model)
         require(isinstance(model, nn.Module), f'expected a model, found {type(model).__name__}')
         noise = getattr(model, 'noise_settings', {})
         is_fixed = fix_latents(model) is model
@@ -52,18 +54,11 @@ class AttackView(nn.Module):
             is_fixed and noise != 'fresh',
             f'{type(model).__name__} is stochastic: give its fixed(seed) or averaged(draws, seed)',
         )
-        self.model = model
-        self.training = model.training
         self.noise_settings = dict(noise, **settings)
 
     def fixed(self, seed: int = 0, n_samples: int | None = None) -> nn.Module:
         "Itself: its latents are fixed already."
         return self
-
-    @property
-    def images_at_once(self) -> int | None:
-        "As many as the model takes; None: any number."
-        return getattr(self.model, 'images_at_once', None)
 
 # %% ../nbs/11_adaptive.ipynb #11-009
 def _log_odds_of_each(logits):

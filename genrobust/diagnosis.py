@@ -8,8 +8,8 @@ __all__ = ['EFFORTS', 'MODEL_CHECKS', 'ATTACK_CHECKS', 'Caution', 'Effort', 'eff
            'probabilities', 'training_mode', 'answers_differ', 'random_answers', 'batch_dependence',
            'inner_optimisation', 'image_bounds', 'normalisation', 'chance_accuracy', 'inspect_model', 'AttackCase',
            'diameter', 'small_radius', 'black_box_beats_white_box', 'surrogate', 'transfer_beats_white_box',
-           'more_steps_help', 'unbounded_attack_fails', 'fgsm_beats_pgd', 'Readout', 'binary_problem', 'binarisation',
-           'cross_check']
+           'more_steps_help', 'unbounded_attack_fails', 'fgsm_beats_pgd', 'Readout', 'binary_problem',
+           'solved_problems', 'binarisation', 'cross_check']
 
 # %% ../nbs/34_diagnosis.ipynb #34-005
 import math
@@ -37,7 +37,6 @@ from genrobust.attacks.autodiff import (
 from .attacks.decision_based import hop_skip_jump
 from .attacks.gradient import apgd, fgsm, pgd
 from genrobust.attacks.inputs import (
-    LogitsOf,
     Wrapped,
     as_bounds,
     as_labels,
@@ -54,6 +53,7 @@ from genrobust.attacks.inputs import (
 # %% ../nbs/34_diagnosis.ipynb #34-005s1
 from genrobust.attacks.result import (
     AttackResult,
+    is_misclassified,
     margin,
     norm,
     per_image,
@@ -142,6 +142,8 @@ def check(
 class Seeded(Wrapped):
     "A random model whose random numbers begin anew at every call: the same answers in one batch"
 
+    rewrapped = ()  # what such methods give is not seeded
+
     def __init__(
         self,
         model: Callable,  # Images to logits
@@ -178,6 +180,7 @@ class ModelCase:
         self.x = self.everything[: self.effort.images]
         low, high = as_bounds(bounds, x)
         self.low, self.high = torch.as_tensor(low).min().item(), torch.as_tensor(high).max().item()
+        self.bounds = bounds_of(bounds, self.everything, slice(len(self.x)))
         self.view = model.fixed(seed) if can_be_fixed(model) else Seeded(model, seed)
         self.logits = self.ask(self.x)
         labels = self.ask(self.everything).argmax(1) if y is None else y
@@ -195,7 +198,7 @@ class ModelCase:
         "The images, every pixel moved by a tenth of the range."
         generator = torch.Generator().manual_seed(self.seed)
         signs = torch.randn(self.x.shape, generator=generator).sign().to(self.x)
-        return (self.x + 0.1 * self.width * signs).clamp(self.low, self.high)
+        return (self.x + 0.1 * self.width * signs).clamp(*self.bounds)
 
     @cached_property
     def predictions(self) -> Tensor:
@@ -260,14 +263,15 @@ def _as_rounded(logits):
     return next((v for v in narrow if torch.equal(v.to(logits), logits)), logits)
 
 
-def _slopes(case, h, where=1, n=4):
-    """By gradient and by symmetric differences along `n` random signs `[images,n]`, in the pixels
+def _slopes(case, h, where=1):
+    """By gradient and by symmetric differences along four random signs `[images,4]`, in the pixels
     `where` it is 1, and rounding"""
     generator = torch.Generator().manual_seed(derive_seed('slopes', case.seed))
-    x, labels = case.x.clamp(case.low + h, case.high - h), case.logits.argmax(1)
+    low, high = case.bounds
+    x, labels = case.x.clamp(low + h, high - h), case.logits.argmax(1)
     g = _or_zero(case.gradient_at(x), x).nan_to_num(0, 0, 0)
     found = []
-    for _ in range(n):
+    for _ in range(4):
         v = torch.randn(x.shape, generator=generator).sign().to(x) * where
         above, below = case.ask(x + h * v), case.ask(x - h * v)
         rise = margin(above, labels) - margin(below, labels)
@@ -288,7 +292,8 @@ def _lost(case):
     "1 in pixels `[...]` without gradient at all images, moved so that no two pixels are equal"
     generator = torch.Generator().manual_seed(derive_seed('lost', case.seed))
     noise = torch.rand(case.x.shape, generator=generator).to(case.x)
-    moved = case.x + 0.05 * (case.low + case.width * noise - case.x)
+    low, high = case.bounds
+    moved = case.x + 0.05 * (low + (high - low) * noise - case.x)
     return (_or_zero(case.gradient_at(moved), moved) == 0).all(0).to(case.x)
 
 
@@ -537,7 +542,7 @@ class AttackCase(ModelCase):
         self.x, self.y = result.x[i].to(self.device), self.labels[i.to(self.device)]
         self.bounds = bounds_of(bounds, self.everything, i)
         self.logits = self.ask(self.x)
-        # A random model that cannot be held fixed is judged by the majority of its answers
+        # Of a random model that cannot be held fixed more than half of the answers have to be wrong
         self.draws = 1 if can_be_fixed(self.model) or not random_answers.measure(self) else 15
         fallen = self.is_fooled(result.x_adv[i]) if self.draws > 1 else result.success[i]
         self.standing = (~fallen.to(self.device)).nonzero().squeeze(1)
@@ -555,22 +560,20 @@ class AttackCase(ModelCase):
         i = (self.result.attacked & ~self.result.success).nonzero().squeeze(1)
         if not len(i):
             return None
-        rest = AttackResult.of(
-            {k: v[i] for k, v in self.result.tensors().items()}, self.result.settings
-        )
+        rest = self.result.at(i)
         how = dict(bounds=bounds_of(self.given_bounds, self.result.x, i), size=self.effort)
         return AttackCase(self.model, rest, self.p, self.eps, seed=self.seed, **how)
 
     @torch.no_grad()
     def is_fooled(self, x: Tensor, i: Tensor | None = None) -> Tensor:
-        "Bool `[b]`: whether points near images `i` (default: all) are misclassified."
-        y = self.y if i is None else self.y[i]
+        """Bool `[b]`: whether points near images `i` (default: all) are misclassified, by a random
+        model in more than half of its answers; never where logits are not finite."""
+        x, y = x.to(self.device), self.y if i is None else self.y[i]
         if self.draws == 1:
-            return self.ask(x.to(self.device)).argmax(1) != y
-        x = x.to(self.device)
+            return is_misclassified(self.ask(x), y)
         with no_tf32(), seeded(derive_seed('majority', self.seed), self.device):
             answers = [ask_in_parts(self.model, x, 64) for _ in range(self.draws)]
-        wrong = torch.stack([logits.argmax(1) != y for logits in answers])
+        wrong = torch.stack([is_misclassified(logits, y) for logits in answers])
         return wrong.float().mean(0) > 0.5
 
     def attack(self, attack: Callable, i: Tensor, model: Callable | None = None, **own) -> Tensor:
@@ -683,7 +686,7 @@ def surrogate(
             F.mse_loss(net(x[i]), aim[i]).backward()
             optimiser.step()
     net.eval().requires_grad_(False)
-    return LogitsOf(lambda x: net(x.float()), lambda out: out)
+    return Wrapped(lambda x: net(x.float()))
 
 # %% ../nbs/34_diagnosis.ipynb #34-046s3
 def _climb(case, steps, **own):
@@ -760,7 +763,7 @@ def binary_problem(
     x = case.x[n].expand(case.effort.inner, *case.x.shape[1:])
     inside = _in_ball(x, 0.95 * case.eps, case.p, generator)
     surface = _on_sphere(x, case.eps, case.p, generator)
-    both = torch.cat([case.x[n, None], inside, surface]).clamp(case.low, case.high)
+    both = torch.cat([case.x[n, None], inside, surface]).clamp(*case.bounds_at(slice(n, n + 1)))
     f = case.ask(both).cpu().double()  # which not all devices have
     if not f.isfinite().all():
         return None
@@ -778,6 +781,22 @@ def binary_problem(
     return readout if readout(both).isfinite().all() else None
 
 # %% ../nbs/34_diagnosis.ipynb #34-052s1
+def solved_problems(
+    case: AttackCase,  # Of a deterministic model with a gradient, in l2 or l-infinity
+) -> Tensor:  # Bool, one for each image around which there is a problem
+    "Which binary problems with a known solution gradients solve."
+    attack, solved = _climb(case, case.effort.steps, loss='margin'), []
+    for n in range(len(case)):
+        readout = binary_problem(case, n)
+        if readout is None:
+            continue
+        how = dict(p=case.p, eps=case.eps, seed=case.seed, bounds=case.bounds_at(slice(n, n + 1)))
+        inside = torch.zeros(1, dtype=torch.long, device=case.device)
+        found = _run(attack, readout, case.x[n, None], inside, **how)
+        solved.append(found is not None and found.success.item())
+    return torch.tensor(solved, dtype=torch.bool)
+
+
 @check(
     _more_than_one_in_twenty,
     'the attack misses examples that are known to exist: mend it first; use square',
@@ -788,16 +807,7 @@ def binarisation(case: AttackCase) -> float:
         return math.nan
     if case.draws > 1:  # a readout of noise separates by luck
         return math.nan
-    attack, solved = _climb(case, case.effort.steps, loss='margin'), []
-    for n in range(len(case)):
-        readout = binary_problem(case, n)
-        if readout is None:
-            continue
-        how = dict(p=case.p, eps=case.eps, seed=case.seed, bounds=case.bounds_at(slice(n, n + 1)))
-        inside = torch.zeros(1, dtype=torch.long, device=case.device)
-        found = _run(attack, readout, case.x[n, None], inside, **how)
-        solved.append(found is not None and found.success.item())
-    return 1 - sum(solved) / len(solved) if solved else math.nan
+    return 1 - solved_problems(case).double().mean().item()  # nan where there is no problem
 
 # %% ../nbs/34_diagnosis.ipynb #34-054
 ATTACK_CHECKS = (
@@ -814,11 +824,9 @@ ATTACK_CHECKS = (
 @no_tf32()
 def cross_check(
     model: Callable,  # That was attacked
-    x: Tensor,  # Images `[N,...]`
-    y: Tensor | None,  # Labels `[N]`
+    result: AttackResult,  # Of the attacks on all images within a ball
     p: float,  # Norm of the ball: 1, 2 or inf
     eps: float,  # Its radius
-    result: AttackResult,  # Of the attacks on these images within the ball
     *,
     bounds: tuple = (0, 1),  # Of pixels
     seed: int = 0,  # Of random numbers
@@ -826,7 +834,6 @@ def cross_check(
 ) -> list[Caution]:
     "What speaks against the result of attacks within a ball: see `ATTACK_CHECKS`."
     require(isinstance(result, AttackResult), f'result must be of attacks, found {result!r}')
-    require(result.x.shape == x.shape, f'result is of {len(result.x)} images, x of {len(x)}')
     if not result.attacked.any():
         return []
     case = AttackCase(model, result, p, eps, bounds, seed, size)

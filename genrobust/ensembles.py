@@ -31,13 +31,9 @@ from .numerics import widest
 SIZES = 'quick', 'standard', 'thorough'
 
 
-def _restart(attack, n):
-    "The attack from other random points"
-
-    def from_elsewhere(model, x, y, *, numbers, **shared):
-        return attack(model, x, y, numbers=numbers + n * 10**9, **shared)
-
-    return from_elsewhere
+def _elsewhere(attack, n, model, x, y, *, numbers, **given):
+    "An attack from other random points"
+    return attack(model, x, y, numbers=numbers + n * 10**9, **given)
 
 # %% ../nbs/17_worst_case.ipynb #17-020s1
 def _minimum_norm(p, size):
@@ -58,13 +54,14 @@ def _minimum_norm(p, size):
         attacks[f'{name}, 9 targets, 400 steps'] = partial(one_vs_all, wide, n_targets=9)
         n_restarts, again = 20, wide
     for n in range(1, n_restarts + 1):
-        attacks[f'{name}, restart {n}'] = _restart(again, n)
+        attacks[f'{name}, restart {n}'] = partial(_elsewhere, again, n)
     attacks[f'{name}, 500 steps'] = partial(walk, steps=500)
     if p == 2:
         attacks['ALMA, 500 steps'] = partial(alma, steps=500)
     if p == 2 and size == 'thorough':
-        elsewhere = partial(alma, random_start=True)
-        attacks |= {f'ALMA, restart {n}': _restart(elsewhere, n) for n in range(1, 6)}
+        random_alma = partial(alma, random_start=True)
+        for n in range(1, 6):
+            attacks[f'ALMA, restart {n}'] = partial(_elsewhere, random_alma, n)
     return attacks
 
 # %% ../nbs/17_worst_case.ipynb #17-020s2
@@ -103,15 +100,6 @@ def _size(result, p):
     units = 1 if p == math.inf else 4
     return size, units * torch.finfo(result.x.dtype).eps * (size + largest)
 
-# %% ../nbs/17_worst_case.ipynb #17-022s0
-def _keep(best, one, i, better, n):
-    "Add what attack `n` found on images `i` to the best, where it is better"
-    k = i[better]
-    best.x_adv[k], best.y_adv[k] = one.x_adv[better], one.y_adv[better]
-    best.success[k], best.found_by[k] = True, n
-    best.forwards[i] += one.forwards
-    best.backwards[i] += one.backwards
-
 # %% ../nbs/17_worst_case.ipynb #17-022s1
 def worst_case(
     model: nn.Module,  # Images `[B,...]` to logits `[B,C]`, in eval mode
@@ -143,9 +131,9 @@ def worst_case(
         one = attack(model, x[i], best.y[i], **of_images(given, x, i))
         found, slack = _size(one, p)
         is_within = (found > 0) & (found <= radius[i] + slack)
-        better = (one.y_adv != best.y[i]) & is_within & (found < smallest[i])
-        smallest[i[better]] = found[better]
-        _keep(best, one, i, better, n)
+        better = one.success & is_within & (found < smallest[i])
+        smallest[i[better]], best.found_by[i[better]] = found[better], n
+        best.improve(one.tensors(), i, better)
         if eps is not None:
             i = i[~best.success[i]]
     return best
@@ -185,11 +173,12 @@ def _named(attacks):
 def parameters_of(
     attack: Callable,  # As for `worst_case`
 ) -> tuple[dict, dict]:  # By name: what is set, and `inspect.Parameter` of all
-    "Parameters that `partial` has set, also of what `one_vs_all` runs, and all that there are."
+    "What `partial` has set, also of what `one_vs_all` or a restart runs, and all that there are."
     own, inner = {}, attack
     while isinstance(inner, partial):
         own = inner.keywords | own
-        inner = inner.args[0] if inner.func is one_vs_all and inner.args else inner.func
+        is_around = inner.func in (one_vs_all, _elsewhere) and inner.args
+        inner = inner.args[0] if is_around else inner.func
     return own, dict(signature(inner).parameters)
 
 

@@ -97,20 +97,11 @@ class _Nearest:
         self.subject, self.parts, self.jobs = subject, parts, jobs
         self.lost = torch.zeros_like(subject.y, dtype=torch.bool)  # The gradient, in an attack
         self.names = list(dict.fromkeys(job.name for job in jobs))
-        x, y, wrong = subject.x, subject.y, predictions != subject.y
+        x, y = subject.x, subject.y
+        self.result = AttackResult.unattacked(x, y, predictions)
+        self.result.found_by = torch.full_like(y, -1)
         self.distance = torch.full(y.shape, torch.inf, dtype=widest(x), device=x.device)
-        self.distance[wrong] = 0.0
-        self.result = AttackResult(
-            x=x,
-            x_adv=x.clone(),
-            y=y,
-            y_adv=predictions.clone(),
-            success=torch.zeros_like(wrong),
-            initially_wrong=wrong,
-            forwards=torch.ones_like(y),
-            backwards=torch.zeros_like(y),
-            found_by=torch.full_like(y, -1),
-        )
+        self.distance[self.result.initially_wrong] = 0.0
 
     def attack(self, c: int, rates: dict) -> None:
         "All jobs on chunk `c`, each on the images that are left to it."
@@ -152,10 +143,7 @@ class _Nearest:
         better = found['success'] & (size < self.distance[i])
         k = i[better]
         self.distance[k], result.found_by[k] = size[better], self.names.index(job.name)
-        result.x_adv[k], result.y_adv[k] = found['x_adv'][better], found['y_adv'][better]
-        result.success[k] = True
-        result.forwards[i] += found['forwards']
-        result.backwards[i] += found['backwards']
+        result.improve(found, i, better)
 
     def within(self, eps: float = math.inf) -> AttackResult:
         "As `worst_case` would return it for a radius; by default for any."
@@ -522,8 +510,8 @@ class _Subject:
 
     def score(self, x: Tensor, i: Tensor, what: str) -> dict:
         "Of points in place of images `i`: shares of wrong answers, whether most are, or any is."
-        y, flags = self.y[i], torch.zeros_like(i, dtype=torch.bool)
-        points = AttackResult(x, x, y, y, flags, flags, 0 * y, 0 * y)
+        y = self.y[i]
+        points = AttackResult.unattacked(x, y, y)
         draws = _SCORED // (4 if what == 'choose' else 1)
         found = rescore(points, self.model, draws, derive_seed(what, self.seed, i.tolist()))
         forwards = torch.full_like(y, draws)
@@ -1067,8 +1055,7 @@ def _attack_case(subject, nearest, averages, robust):
         i, found = averages.within(eps)
     else:
         i = s.chunks[0] if s.is_random else torch.arange(len(s.x), device=s.x.device)
-        found = nearest.within(eps)
-        found = AttackResult.of({k: v[i] for k, v in found.tensors().items()}, found.settings)
+        found = nearest.within(eps).at(i)
     bounds = bounds_of(s.bounds, s.x, i)
     return AttackCase(s.fixed(0), found, s.p, eps, bounds, s.seed, s.size)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from . import __version__
 from .attacks import alma, apgd, carlini_wagner, ddn, deepfool, fab, fmn, superdeepfool
 from .attacks.inputs import check_counts, check_range
-from .attacks.result import AttackResult, norm, require
+from .attacks.result import AttackResult, is_misclassified, norm, require
 from .bench import ADAPTERS, PassCounter, library_version, machine
 from .data import N_VALID, load_or_synthetic
 from .ensembles import worst_case
@@ -70,12 +70,13 @@ def measured_sizes(
 ) -> Tensor:  # `[N]`; 0 where `x` is misclassified, inf where `x_adv` is no success
     """Norms of adversarial examples, whatever the attack says of them.
 
-    Pixels that are no numbers, or outside [0, 1] by more than rounding, are no success."""
+    Pixels that are no numbers, or outside [0, 1] by more than rounding, are no success, nor are
+    logits that are not finite."""
     slack = 4 * torch.finfo(x.dtype).eps
     flat = x_adv.detach().to(x).flatten(1)
     is_valid = ((flat >= -slack) & (flat <= 1 + slack)).all(1)  # not where a pixel is nan
     points = torch.where(is_valid[:, None], flat, x.flatten(1)).clamp(0, 1).view_as(x)
-    success = is_valid & (predict(model, points).argmax(1) != y)
+    success = is_valid & is_misclassified(predict(model, points), y)
     sizes = norm(points.to(widest(x)) - x, p).masked_fill(~success, torch.inf)
     return sizes.masked_fill(predict(model, x).argmax(1) != y, 0)
 

@@ -12,7 +12,7 @@ from under_attack import NEVER, Prototypes
 from genrobust import evidence
 from genrobust.attacks import apgd, norm, pgd
 from genrobust.data import Splits
-from genrobust.deceivers import FlatTanh, Linear, Rounded, Wrapper, train_briefly
+from genrobust.deceivers import Detached, FlatTanh, Linear, Rounded, Vote, Wrapper, train_briefly
 from genrobust.detection import LogitDetector
 from genrobust.evidence import (
     BUDGETS,
@@ -223,6 +223,30 @@ def test_the_rate_of_clean_images_that_depend_on_the_draw(splits):
 )
 def test_masked_gradients_fail(linear, splits, check, kind):
     assert judged(check, kind(linear), splits).verdict == 'fails'
+
+
+@pytest.mark.parametrize(
+    'model', [Vote, lambda net: Noise(Detached(net), 0.1)], ids=['vote', 'noise']
+)
+def test_every_check_judges_a_model_without_a_gradient(linear, splits, model):
+    trial = Trial(model(linear), splits.test.x, splits.test.y, eps=EPS, size='quick')
+    found = {check.__name__: check(trial) for check in CHECKS}
+    silent = {name for name, check in found.items() if 'no gradient' in check.reason}
+    of_random = {'averaging', 'resampled_latents'} if trial.is_random else set()
+    assert silent == {'ablation', 'binary_test', *of_random}
+    assert {found[name].verdict for name in silent} == {'does not apply'}
+
+
+def test_images_without_a_binary_problem_do_not_count(linear, splits):
+    x, few = splits.test.x[:N], splits.test.x[:3]
+
+    def model(z):
+        "The linear model near three images; far from them all logits are 0"
+        is_near = (torch.cdist(z.flatten(1), few.flatten(1), p=math.inf) < 2 * EPS).any(1)
+        return linear(z) * is_near[:, None]
+
+    found = evidence.binary_test(model, x, model(x).argmax(1), eps=EPS, size='quick')
+    assert found.n == 3 and found.verdict == 'undecided' and found.rates == {'solved': 1}
 
 
 def test_an_attack_that_has_not_converged_fails(linear, splits):

@@ -45,8 +45,9 @@ from genrobust.attacks import (
     truncated_deepfool,
     zoo,
 )
+from genrobust.attacks.inputs import Wrapped
 from genrobust.models import BayesClassifier, list_models, pretrained_names
-from genrobust.numerics import is_trusted, trusted
+from genrobust.numerics import can_be_fixed, is_trusted, trusted
 
 ENOUGH = {
     alma: dict(steps=30),
@@ -378,6 +379,16 @@ def test_a_normalised_bayes_classifier_keeps_its_protocol():
     fixed = shifted.fixed(3)
     assert torch.allclose(fixed(x), clf.fixed(3)((x - 0.1) / 0.9)) and fixed.fixed(0) is fixed
     assert deepfool(shifted, x, steps=2).backwards.max() <= 3  # the Jacobian in one pass
+
+
+def test_a_function_becomes_a_module_and_a_wrapped_model_keeps_its_protocol():
+    torch.manual_seed(0)
+    clf, x = BayesClassifier('GFZ', n_samples=2).eval(), torch.rand(2, 1, 28, 28)
+    function = Wrapped(lambda x: x.flatten(1))
+    assert not can_be_fixed(function) and torch.equal(function(x), x.flatten(1))
+    model = Wrapped(clf)
+    assert type(model.fixed(3)) is Wrapped and torch.equal(model.fixed(3)(x), clf.fixed(3)(x))
+    assert torch.equal(model.averaged(2, seed=3)(x), clf.averaged(2, seed=3)(x))
 
 
 # --- 256 levels

@@ -61,6 +61,15 @@ def test_optimality_is_the_integral_of_the_curves():
     assert optimality(found[0], envelope) == pytest.approx(expected, abs=1e-4)
 
 
+def test_logits_that_are_no_numbers_are_no_success(plane):
+    model, x, y = plane
+    moved = x.clone()
+    moved[:, 0, 0, 0] = 0.9
+    assert measured_sizes(model, x, y, moved, 2)[:3].isfinite().all()
+    undefined = lambda v: model(v).masked_fill(model(v) > 0.3, math.nan)
+    assert measured_sizes(undefined, x, y, moved, 2).tolist() == [math.inf] * 3 + [0]
+
+
 def test_only_successes_within_the_bounds_count(plane):
     "Not the image itself, a point beyond the bounds, or what is no number; rounding is forgiven"
     model, x, y = plane

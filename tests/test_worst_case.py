@@ -24,6 +24,7 @@ from genrobust.attacks import (
     square,
     zoo,
 )
+from genrobust.ensembles import parameters_of
 from genrobust.evaluation import ensemble, worst_case
 from genrobust.models import BayesClassifier
 
@@ -136,6 +137,30 @@ def test_rounding_does_not_move_a_success_out_of_the_ball(dtype, p):
     climb = partial(apgd, p=p, eps=eps, steps=10, loss='margin')
     plain, result = climb(net, x), worst_case(net, x, p=p, eps=eps, attacks=[climb])
     assert plain.success.any() and torch.equal(plain.success, result.success)
+
+
+def test_logits_that_are_no_numbers_are_no_success():
+    x = many()
+
+    def undefined(v):
+        "Whose logits are NaN at all points but the images"
+        is_image = (v == x[: len(v)]).flatten(1).all(1)
+        return DOUBLE(v).masked_fill(~is_image[:, None], math.nan)
+
+    result = worst_case(undefined, x, p=math.inf, eps=0.3, attacks=[random_noise])
+    assert result.attacked.all() and not result.success.any()
+    assert (result.found_by == -1).all() and torch.equal(result.x_adv, x)
+
+
+@pytest.mark.parametrize('p', [2, math.inf])
+def test_what_restarts_and_targets_set_is_known(p):
+    name = 'DDN' if p == 2 else 'FMN'
+    steps = {'restart 1': 200, '9 targets': 60}, {'restart 20': 400, '9 targets, 400 steps': 400}
+    for size, of_size in zip(('standard', 'thorough'), steps):
+        attacks = ensemble(p, None, size)
+        for what, n in of_size.items():
+            own, known = parameters_of(attacks[f'{name}, {what}'])
+            assert own['steps'] == n and 'gamma' in known
 
 
 RANDOM = dict(

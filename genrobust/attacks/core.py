@@ -127,6 +127,8 @@ def of_images(
 # %% ../../nbs/03_attacks.ipynb #03-052a
 def _rank_targets(model, x, y, n_targets, shared):
     "A result of which nothing has been attacked yet; and classes, the strongest first, `[N,n]`"
+    if n_targets is not None:
+        check_counts(n_targets=n_targets)
     found, n_classes = [], 2  # where every image is misclassified there are none to rank
 
     def rank(state):
@@ -142,16 +144,6 @@ def _rank_targets(model, x, y, n_targets, shared):
     for positions, goals in found:
         targets[positions] = goals
     return first, targets
-
-# %% ../../nbs/03_attacks.ipynb #03-052s0
-def _add(best, one, i, better):
-    "What an attack on images `i` found, where it is better, and what it spent"
-    for name in ('x_adv', 'y_adv', 'success'):
-        getattr(best, name)[i[better]] = getattr(one, name)[better]
-    if one.trace is not None:
-        best.trace = Trace.cat([best.trace, one.trace], dim=1)
-    best.forwards[i] += one.forwards
-    best.backwards[i] += one.backwards
 
 # %% ../../nbs/03_attacks.ipynb #03-052s1
 def one_vs_all(
@@ -173,8 +165,6 @@ def one_vs_all(
         attack, kwargs = attack.func, attack.keywords | kwargs
     seed = kwargs.pop('seed', seed)  # where `partial` has set it
     require('target' not in kwargs, 'one_vs_all aims at every class in turn: leave target out')
-    if n_targets is not None:
-        check_counts(n_targets=n_targets)
     shared = {k: v for k, v in kwargs.items() if k in SHARED and k != 'progress'}
     best, targets = _rank_targets(model, x, y, n_targets, dict(shared, seed=seed))
     smallest, i = torch.full_like(best.l2, torch.inf), torch.arange(len(x), device=x.device)
@@ -186,8 +176,10 @@ def one_vs_all(
         size = norm(one.perturbation, settings.get('p', 2))
         better = (one.success & (size < smallest[i])).nonzero().squeeze(1)
         smallest[i[better]] = size[better]
-        _add(best, one, i, better)
-        if kwargs.get('early_stop') and one.trace is None:
+        best.improve(one.tensors(), i, better)
+        if one.trace is not None:
+            best.trace = Trace.cat([best.trace, one.trace], dim=1)
+        elif kwargs.get('early_stop'):
             i = (best.attacked & ~best.success).nonzero().squeeze(1)
         if not len(i):
             break

@@ -607,17 +607,9 @@ def attack_batch(
     "The result, and in how many pixels of each image a gradient was not finite `[B]`."
     start = _begin(algorithm.first, model, batch)
     batch, before = _labelled(batch, start.logits), start.logits.argmax(1)
-    result = AttackResult(
-        x=batch.x,
-        x_adv=batch.x.clone(),
-        y=batch.y,
-        y_adv=before.clone(),
-        success=torch.zeros_like(before, dtype=torch.bool),
-        initially_wrong=before != batch.y,
-        forwards=torch.ones_like(before),
-        backwards=torch.full_like(before, start.gradient is not None),
-        target=batch.target,
-    )
+    result = AttackResult.unattacked(batch.x, batch.y, before)
+    result.target = batch.target
+    result.backwards += start.gradient is not None
     can_change = True if batch.mask is None else batch.mask.flatten(1).any(1)
     undefined, i = torch.zeros_like(before), (result.attacked & can_change).nonzero().squeeze(1)
     if len(i):
@@ -768,8 +760,8 @@ def _without_tensors(own):
 # %% ../../nbs/22_engine.ipynb #22-031s1
 def attack(
     minimum_norm: bool = True,  # Whether failures return the original image
-    # What the attack needs at the images themselves, as for `Algorithm`, or a function of its
-    # parameters that says so
+    # What the attack needs at the images themselves: None or 'jacobian'; or a function of its
+    # parameters, a dictionary, to what `Algorithm.first` may be
     first: Callable | str | None = None,
     # Old name of a parameter: new name; the old one warns for a release
     renamed: dict | None = None,
@@ -800,7 +792,7 @@ def attack(
 
         attack_images.__signature__, attack_images.__delwrap__ = whole, run_attack
         attack_images.minimum_norm, attack_images.black_box = minimum_norm, black_box
-        if (make.__module__ or '').startswith('genrobust.'):
+        if (make.__module__ or '').startswith('genrobust.attacks.'):
             _ATTACKS[name] = attack_images
         return attack_images
 

@@ -107,14 +107,10 @@ class Ball:
         "The direction of steepest ascent of norm 1."
         return unit(g, self.p)
 
-    def project(self, delta: Tensor, eps: float | Tensor | None = None) -> Tensor:
-        "The nearest perturbation within the ball; `eps` of these images, where it is not a number."
-        return project(delta, self.eps if eps is None else eps, self.p)
-
     def clip(self, state: AttackState, x: Tensor, i: Tensor) -> Tensor:
         "Points `[len(i),...]` into the ball around images `i`, and into the bounds."
         centre, eps = state.x[i], state.own(self.eps, i)
-        x = state.clip(centre + self.project(x - centre, eps), i)
+        x = state.clip(centre + project(x - centre, eps, self.p), i)
         return within_reach(x, centre, eps) if self.p == torch.inf else x
 
     def random_start(self, state: AttackState, i: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def within_bounds(
 
 # %% ../../nbs/33_inputs.ipynb #33-030
 class Wrapped(nn.Module):
-    "A model behind another, with what the engine may ask of it"
+    "A model behind another, with what the engine may ask of it; by itself, a function as a module"
 
     passed = 'images_at_once', 'n_classes', 'noise_settings', 'name', 'config', 'info'
     rewrapped = 'fixed', 'averaged', 'fresh'  # methods that give a model, which is wrapped again
@@ -172,7 +172,10 @@ class Wrapped(nn.Module):
 
     def like(self, model: Callable) -> nn.Module:
         "Another model, wrapped in the same way."
-        raise NotImplementedError
+        return type(self)(model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
 
     def __getattr__(self, name):
         if name in self.passed:

@@ -33,11 +33,11 @@ def penalty_slope(
     return torch.where(g < 0, mu / (1 - rho * g.clamp_max(0)).square(), above)
 
 # %% ../../nbs/16_lagrangian.ipynb #16-020a
-def _shorten(best, halvings=8):
+def _shorten(best):
     "Move the best points towards the images by up to a fifth, by bisection; forward passes only"
     state, i, delta = best.state, best.state.all, best.x - best.state.x
     low, high = torch.full_like(best.norm, 0.8), torch.ones_like(best.norm)
-    for _ in range(halvings):
+    for _ in range(8):
         middle = (low + high) / 2
         x = state.clip(state.x + per_image(middle, delta) * delta, i)
         is_beyond = best.update(x, state.logits(x, i), i)
