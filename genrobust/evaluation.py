@@ -41,6 +41,7 @@ from .attacks.decision_based import hop_skip_jump
 from .attacks.gradient import apgd
 from genrobust.attacks.inputs import (
     LogitsOf,
+    Wrapped,
     as_bounds,
     as_json,
     as_labels,
@@ -380,15 +381,17 @@ def _as_module(model, x, logits_of):
     with torch.no_grad(), seeded(0, x.device):
         answer = model(x[:2].clone()) if logits_of is None else None
         found = logits_of or _logits_of(answer)
-        if found is not None or not isinstance(model, nn.Module):
-            model = LogitsOf(model, found or (lambda out: out))
+        if found is not None:
+            model = LogitsOf(model, found)
+        elif not isinstance(model, nn.Module):
+            model = Wrapped(model)
         check_finite(ask(model, x[:2]))
         check_finite(ask(model, x[:1]))  # refused by batch norm in training mode
     try:
         _slope(model, x[:2])
     except ValueError as e:
         if 'requires grad' in str(e):  # it calls numpy(), say
-            return LogitsOf(lambda x: model(x.detach()), lambda out: out)
+            return Wrapped(lambda x: model(x.detach()))
     return model
 
 # %% ../nbs/19_evaluate.ipynb #19-042s2
@@ -467,7 +470,7 @@ class _Subject:
     def __post_init__(self) -> None:
         # What attacks refuse, a model in training mode, is a random function to them
         is_hidden, whole = is_training(self.inspected), self.inspected
-        self.model = LogitsOf(lambda x: whole(x), lambda out: out) if is_hidden else whole
+        self.model = Wrapped(lambda x: whole(x)) if is_hidden else whole
         self.latents = fix_latents(self.model) is not self.model  # random, and can hold them fixed
         some = self.x[: effort_for(whole, self.size).images]  # as the check of random answers asks
         self.is_random = self.latents or answers_differ(self.model, some, self.seed) > 0

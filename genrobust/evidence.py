@@ -27,7 +27,7 @@ from .adaptive import FactorGradient, attack_with_detector, evasion_rate
 from .attacks.autodiff import NoGradientError, ask_in_parts, gradient_of
 from .attacks.core import Rescored, rescore
 from .attacks.decision_based import hop_skip_jump
-from .attacks.engine import BestMargin, attack, device_of
+from .attacks.engine import BestMargin, attack
 from .attacks.gradient import Ball, apgd, fgsm, pgd
 
 # %% ../nbs/41_checks.ipynb #41-005b
@@ -61,7 +61,7 @@ from genrobust.diagnosis import (
 from .ensembles import ensemble, worst_case
 from .files import digest, read_rows, writable, write_rows
 from .models import FixedNoise, load_models, load_pretrained
-from .numerics import derive_seed, fix_latents, no_tf32, seeded, widest
+from .numerics import derive_seed, device_of, fix_latents, no_tf32, seeded, widest
 from .statistics import wilson
 
 # %% ../nbs/41_checks.ipynb #41-012

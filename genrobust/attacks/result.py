@@ -37,8 +37,11 @@ def margin(
     return logits.gather(1, y[:, None]).squeeze(1) - other_logits(logits, y).amax(1)
 
 
-def is_misclassified(logits: Tensor, y: Tensor) -> Tensor:
-    "Bool `[B]`: another class than the label is predicted; never where logits are not finite."
+def is_misclassified(
+    logits: Tensor,  # `[B,C]`
+    y: Tensor,  # `[B]` labels
+) -> Tensor:  # Bool `[B]`
+    "Whether another class than the label is predicted; never where logits are not finite."
     return (logits.argmax(1) != y) & logits.isfinite().all(1)
 
 # %% ../../nbs/20_result.ipynb #20-103
