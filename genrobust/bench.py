@@ -28,10 +28,13 @@ from torch import Tensor, nn
 # %% ../nbs/26_speed.ipynb #26-005b
 from .attacks.autodiff import jacobian
 from .attacks.boundary import deepfool
+from .attacks.core import one_vs_all
 from .attacks.gradient import apgd, fgsm, pgd
 from .attacks.inputs import check_counts, check_range
+from .attacks.lagrangian import alma
 from .attacks.penalty import carlini_wagner
 from .attacks.result import require
+from .attacks.sphere import ddn
 from .attacks.zeroth_order import zoo
 from .compat import renamed
 from .data import N_VALID, Images, load_or_synthetic
@@ -183,9 +186,10 @@ class Benchmark(NamedTuple):
     model: str  # Name
     images: int  # Number
     norm: str  # That is compared, 'l2' or 'linf'
-    ours: Callable  # `(model, x, y) -> AttackResult`
+    ours: dict  # Label, the first of them 'genrobust': `(model, x, y) -> AttackResult`
     others: dict  # Module or label: `(model, x, y)` to images, or images and success
     rounds: int = 3  # Runs of every library: more where one is a matter of milliseconds
+    first: int = 0  # Image to begin at
 
 # %% ../nbs/26_speed.ipynb #26-043b
 def _full_batches(model, x, y):
@@ -219,16 +223,6 @@ _CW_CNN = dict(
 )
 
 # %% ../nbs/26_speed.ipynb #26-043d
-def _to_the_end(attack):
-    "Ours without `early_stop`, for comparison"
-
-    def run(model, x, y):
-        result = attack(model, x, y, early_stop=False)
-        return result.x_adv, result.success
-
-    return run
-
-
 _pgd = partial(pgd, eps=0.05, steps=40, step_size=0.005, early_stop=True)
 _apgd = partial(apgd, eps=0.05, steps=50, early_stop=True)
 _pgd_art = dict(eps=0.05, max_iter=40, eps_step=0.005, num_random_init=1)
@@ -241,42 +235,66 @@ _FGSM = dict(
     torchattacks=partial(_torchattacks, 'FGSM', eps=0.1),
 )
 _PGD = dict(
-    to_the_end=_to_the_end(_pgd),
     foolbox=partial(_foolbox, 'LinfPGD', eps=0.05, steps=40, abs_stepsize=0.005),
     art=partial(_art, 'ProjectedGradientDescentPyTorch', **_pgd_art),
     torchattacks=partial(_torchattacks, 'PGD', eps=0.05, steps=40, alpha=0.005),
     adv_lib=partial(_adv_lib, 'pgd_linf', args=(0.05,), steps=40, absolute_step_size=0.005),
 )
 _APGD = dict(
-    to_the_end=_to_the_end(_apgd),
     art=partial(_art, 'AutoProjectedGradientDescent', **_apgd_art),
     torchattacks=partial(_torchattacks, 'APGD', eps=0.05, steps=50),
     adv_lib=partial(_adv_lib, 'apgd', args=(0.05, torch.inf), n_iter=50, loss_function='ce'),
 )
 
 # %% ../nbs/26_speed.ipynb #26-043f
-_cw_few = partial(carlini_wagner, binary_search_steps=2, steps=20)
-_zoo = partial(zoo, max_queries=5000, binary_search_steps=1)
+_deepfool = dict(genrobust=deepfool, nearest_5=partial(deepfool, nearest=5))
+_few = dict(binary_search_steps=2, steps=20)
+_zoo = dict(genrobust=partial(zoo, max_queries=5000, binary_search_steps=1))
 _zoo_others = dict(art=partial(_art, 'ZooAttack', batch_size=1, **_ZOO), full_batches=_full_batches)
-_fgsm = partial(fgsm, eps=0.1)
 
+
+def _stopped(attack, **settings):
+    "An attack for success alone, and the same to its end"
+    return dict(genrobust=partial(attack, **settings), to_the_end=partial(attack, early_stop=False))
+
+
+_minimum_norm = dict(
+    genrobust=partial(ddn, step_size=2),
+    carlini_wagner=carlini_wagner,
+    ddn_300=partial(ddn, steps=300),
+    alma_300=partial(alma, steps=300),
+)
+_apgd_100 = partial(apgd, eps=0.1, steps=100)
+_targets = dict(
+    genrobust=partial(one_vs_all, _apgd_100, n_targets=9, loss='margin', early_stop=True),
+    untargeted=_apgd_100,
+)
+
+# %% ../nbs/26_speed.ipynb #26-043g
 BENCHMARKS = {
-    'deepfool-gfz': Benchmark('gfz', 16, 'l2', deepfool, _DEEPFOOL),
-    'deepfool-cnn': Benchmark('cnn', 256, 'l2', deepfool, _DEEPFOOL),
-    'carlini_wagner-gfz': Benchmark('gfz', 8, 'l2', _cw_few, _CW_GFZ),
-    'carlini_wagner-cnn': Benchmark('cnn', 16, 'l2', carlini_wagner, _CW_CNN),
+    'deepfool-gfz': Benchmark('gfz', 16, 'l2', _deepfool, _DEEPFOOL, rounds=5),
+    'deepfool-gfz-3000': Benchmark('gfz', 16, 'l2', _deepfool, _DEEPFOOL, 5, first=3000),
+    'deepfool-cnn': Benchmark('cnn', 256, 'l2', dict(genrobust=deepfool), _DEEPFOOL),
+    'carlini_wagner-gfz': Benchmark(
+        'gfz', 8, 'l2', dict(genrobust=partial(carlini_wagner, **_few)), _CW_GFZ
+    ),
+    'carlini_wagner-cnn': Benchmark('cnn', 16, 'l2', dict(genrobust=carlini_wagner), _CW_CNN),
     'zoo-cnn': Benchmark('cnn', 4, 'l2', _zoo, _zoo_others),
-    'fgsm-cnn': Benchmark('cnn', 256, 'linf', _fgsm, _FGSM, rounds=30),
-    'pgd-cnn': Benchmark('cnn', 256, 'linf', partial(_pgd, restarts=3), _PGD),
-    'apgd-cnn': Benchmark('cnn', 256, 'linf', _apgd, _APGD),
+    'fgsm-cnn': Benchmark(
+        'cnn', 256, 'linf', dict(genrobust=partial(fgsm, eps=0.1)), _FGSM, rounds=30
+    ),
+    'pgd-cnn': Benchmark('cnn', 256, 'linf', _stopped(_pgd, restarts=3), _PGD),
+    'apgd-cnn': Benchmark('cnn', 256, 'linf', _stopped(_apgd), _APGD),
+    'minimum_norm-gfz': Benchmark('gfz', 24, 'l2', _minimum_norm, {}, rounds=5),
+    'targets-gfz': Benchmark('gfz', 8, 'linf', _targets, {}, rounds=5),
 }  # by name, attack and model
 
 # %% ../nbs/26_speed.ipynb #26-044
-def _correct(model, images, n):
-    "The first `n` images that the model classifies correctly"
-    x, y = images.x[: 2 * n + 20], images.y[: 2 * n + 20]
+def _correct(model, images, first, n):
+    "The first `n` images from `first` on that the model classifies correctly"
+    x, y = (v[first : first + 2 * n + 20] for v in images)
     where = (predict(model, x).argmax(1) == y).nonzero().squeeze(1)[:n]
-    require(len(where), f'the model classifies none of the first {len(y)} images correctly')
+    require(len(where), f'the model classifies none of {len(y)} images correctly')
     return x[where], y[where]
 
 
@@ -304,15 +322,15 @@ def _wait(device):
 
 
 def _measure(run, model, x, y, norm):
-    "One run of one library: seconds, passes, success rate and mean norm of successes"
+    "One run of one library: seconds, passes, success rate, mean and median norm of successes"
     start = time.perf_counter()
     x_adv, forwards, backwards = run(model, x, y)
     _wait(x.device)
     seconds = time.perf_counter() - start
     delta = (x_adv - x).flatten(1)[predict(model, x_adv).argmax(1) != y]
-    size = delta.norm(2 if norm == 'l2' else torch.inf, dim=1).mean().item()
-    passes = dict(forwards=forwards, backwards=backwards)
-    return dict(seconds=seconds, **passes, success=len(delta) / len(y), norm=size)
+    sizes = delta.norm(2 if norm == 'l2' else torch.inf, dim=1)
+    passes = dict(forwards=forwards, backwards=backwards, success=len(delta) / len(y))
+    return dict(seconds=seconds, **passes, norm=sizes.mean().item(), median=sizes.median().item())
 
 # %% ../nbs/26_speed.ipynb #26-044b
 def _benchmark(name):
@@ -326,20 +344,23 @@ def run_benchmark(
     rounds: int | None = None,  # Runs of every library; default: as the benchmark has it
     n: int | None = None,  # Images; default: as the benchmark has it
     device: str | torch.device | None = None,  # Default: `pick_device()`
-) -> "'pd.DataFrame'":  # A row for each run: `seconds`, `success`, `norm`, passes an image, `error`
+) -> (
+    "'pd.DataFrame'"
+):  # A row for each run: `seconds`, `success`, `norm`, `median`, passes an image, `error`
     """Run one attack by all libraries that are installed, in turns.
 
     A `ValueError` for an unknown name. An error of another library is noted in the column `error`.
     """
     import pandas as pd
 
-    benchmark, own = _benchmark(name), version('genrobust')
-    versions = installed() | dict(full_batches=torch.__version__, to_the_end=own, genrobust=own)
+    benchmark = _benchmark(name)
+    versions = installed() | dict(full_batches=torch.__version__)
+    versions |= dict.fromkeys(benchmark.ours, version('genrobust'))
     model = load_pretrained(benchmark.model, device).fixed(0)
     device = next(model.parameters()).device
-    x, y = (v.to(device) for v in _correct(model, images, n or benchmark.images))
-    runs = {label: partial(_run_other, attack) for label, attack in benchmark.others.items()}
-    runs = dict(genrobust=partial(_run_ours, benchmark.ours), **runs)
+    x, y = (v.to(device) for v in _correct(model, images, benchmark.first, n or benchmark.images))
+    runs = {label: partial(_run_ours, attack) for label, attack in benchmark.ours.items()}
+    runs |= {label: partial(_run_other, attack) for label, attack in benchmark.others.items()}
     rows = []
     for turn, label in product(range(rounds or benchmark.rounds), filter(versions.get, runs)):
         about = dict(benchmark=name, library=label, version=versions[label], round=turn)
@@ -347,7 +368,7 @@ def run_benchmark(
         try:
             row = _measure(runs[label], model, x, y, benchmark.norm)
         except Exception as e:
-            if label == 'genrobust':
+            if label in benchmark.ours:
                 raise
             row = dict(error=f'{type(e).__name__}: {e}'.splitlines()[0])
         rows.append(dict(about, images=len(y), **row))

@@ -404,6 +404,19 @@ def test_deepfool_of_many_classes_costs_what_its_candidates_cost(attack):
     same(attack(ten, x), attack(ten, x, candidates=None))
 
 
+@each([deepfool, truncated_deepfool])
+def test_deepfool_may_leave_far_boundaries_after_its_first_step(attack):
+    net, x = make_net(classes=10), images()
+    every, near = attack(net, x), attack(net, x, nearest=3)
+    assert near.success.all() and ((near.backwards - 9) % 3 == 0).all()
+    assert (near.backwards < every.backwards).all()
+    same(attack(net, x, nearest=9), every)
+    target = (every.y + 1) % 10
+    same(attack(net, x, target=target, nearest=3), attack(net, x, target=target))
+    with pytest.raises(ValueError, match='nearest'):
+        attack(NET, x, nearest=0)
+
+
 def test_deepfool_takes_images_in_parts_where_gradients_are_many(monkeypatch):
     net, x = make_net(classes=200), images()
     expected = deepfool(net, x)

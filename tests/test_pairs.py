@@ -1,5 +1,7 @@
 "Margins and their gradients through the two classes that make them, of ten."
 
+import math
+
 import pytest
 import torch
 from under_attack import ByClass, each, elsewhere, images, make_net
@@ -13,13 +15,14 @@ from genrobust.attacks import (
     apgd,
     carlini_wagner,
     ddn,
+    deepfool,
     fgsm,
     margin,
     mim,
     pgd,
 )
 from genrobust.attacks.engine import Batch
-from genrobust.models import FACTORISATIONS, BayesClassifier
+from genrobust.models import FACTORISATIONS, BayesClassifier, predict
 
 
 def small_bayes(name='GFZ', n_samples=3):
@@ -54,6 +57,16 @@ def test_two_classes_give_the_whole_margin_and_its_gradient(name):
         state.margin(logits, state.all), state.margin(whole, state.all), atol=1e-10
     )
     assert torch.allclose(g, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize('p', [1, 2, math.inf])
+def test_deepfool_decodes_the_label_and_the_nearest_classes_alone(p):
+    model, x = small_bayes().fixed(1), torch.rand(4, 1, 28, 28).double()
+    every, near = deepfool(model, x, p=p), deepfool(model, x, p=p, nearest=3)
+    assert near.success.all() and (predict(model, near.x_adv).argmax(1) == near.y_adv).all()
+    steps = every.backwards - 1  # after the first, of four classes in ten
+    assert (near.backwards == 1 + -(-4 * steps // 10)).all() and (steps > 1).any()
+    assert torch.allclose(near.x_adv, every.x_adv)
 
 
 @pytest.mark.parametrize('name', list(FACTORISATIONS))

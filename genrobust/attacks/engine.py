@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from numbers import Real
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from genrobust.attacks.autodiff import (
     gradient_of,
     gradients_of,
     jacobian,
+    over_parts,
 )
 from .random_numbers import Keys
 from genrobust.attacks.result import (
@@ -265,20 +266,63 @@ class AttackState:
         self.record(x[:, None], logits[:, None], i, g)
         return logits, g
 
+    @property
+    def takes_classes(self) -> bool:
+        "Whether the model evaluates single classes, by `per_class_logits(xc, classes)`."
+        try:
+            return 'classes' in signature(self.model.per_class_logits).parameters
+        except (AttributeError, TypeError, ValueError):  # nobody knows its arguments
+            return False
+
+    def of_classes(
+        self,
+        x: Tensor,  # `[b,...]`
+        i: Tensor,  # `[b]`
+        classes: Tensor,  # `[b,M]`
+    ) -> tuple[Tensor, Tensor]:  # `[b,C]`, `[b,M,...]`
+        """Logits, of which those of `classes` are true and the others below them, and the gradients
+        of `classes`, for M of C parts of a forward and a backward pass."""
+
+        def evaluate(copies, classes):
+            return gradient_of(
+                lambda some, _: some.sum(1),
+                lambda copies: self.model.per_class_logits(copies, classes),
+                copies,
+                classes,
+            )
+
+        copies = x.detach()[:, None].expand(-1, classes.shape[1], *x.shape[1:])
+        some, J = over_parts(evaluate, self.model, copies, classes)
+        self.partial[:, i] += classes.shape[1]
+        below = some.amin(1) - 1 - some.abs().amax(1)
+        return below[:, None].repeat(1, self.n_classes).scatter(1, classes, some), J
+
+    def _less(self, values, logits, i, most, goals):
+        "Values `[b,C,...]` of classes to reach, by default the strongest, less those of the label"
+        rows = torch.arange(len(i), device=i.device)[:, None]
+        here, there = self.rivals(logits, i, most)
+        there = there if goals is None else goals[i]
+        return values[rows, there] - values[rows, here]
+
     def logit_differences(
         self,
         x: Tensor,  # `[b,...]`
         i: Tensor,  # `[b]`
         most: int | None = None,  # Rival classes, the strongest first; None: all
+        goals: Tensor | None = None,  # These classes instead `[B,n]`, of all images; untargeted
     ) -> tuple[Tensor, Tensor, Tensor]:  # `[b,C]`, `[b,n]`, `[b,n,...]`
         """Logits, those of the classes to reach less that of the class to leave, and the gradients
-        of these differences; for nothing at `state.x` where the attack began with the Jacobian."""
+        of these differences; for nothing at `state.x` where the attack began with the Jacobian.
 
-        def less(values, logits, i):
-            rows = torch.arange(len(i), device=i.device)[:, None]
-            here, goals = self.rivals(logits, i, most)
-            return values[rows, goals] - values[rows, here]
-
+        With `goals` a model that evaluates single classes evaluates no others: logits are those of
+        `of_classes`."""
+        less = partial(self._less, most=most, goals=goals)
+        if goals is not None and self.takes_classes and goals.shape[1] + 1 < self.n_classes:
+            logits, J = self.of_classes(x, i, torch.cat([self.y[i, None], goals[i]], 1))
+            J = self.defined(J, i)
+            f, grad_f = less(logits, logits, i), J[:, 1:] - J[:, :1]
+            self.record(x[:, None], logits[:, None], i, grad_f[:, 0])
+            return logits, f, grad_f
         if x is self.x and self.start.gradient is not None:
             logits, J = self.start
         elif hasattr(self.model, 'per_class_logits'):

@@ -7,20 +7,11 @@ __all__ = ['PairMargin']
 
 # %% ../../nbs/32_pairs.ipynb #32-005
 from collections.abc import Callable
-from inspect import signature
 
 import torch
 from torch import Tensor
 
-from .autodiff import gradient_of, over_parts
 from .engine import AttackState
-
-# %% ../../nbs/32_pairs.ipynb #32-020
-def _takes_classes(per_class_logits):
-    try:
-        return 'classes' in signature(per_class_logits).parameters
-    except (TypeError, ValueError):  # there is none, or nobody knows its arguments
-        return False
 
 # %% ../../nbs/32_pairs.ipynb #32-020s1
 class PairMargin:
@@ -41,8 +32,7 @@ class PairMargin:
         # with a target the class to leave changes as an image moves
         refresh = refresh if state.target is None else min(refresh, 5)
         self.state, self.refresh, self.calls = state, refresh, 0
-        takes_classes = _takes_classes(getattr(state.model, 'per_class_logits', None))
-        self.is_partial = takes_classes and state.n_classes > 2  # two are all there are
+        self.is_partial = state.takes_classes and state.n_classes > 2  # two are all there are
         self.is_chosen = classes is None
         self.classes = self._pairs(state.start.logits, state.all) if classes is None else classes
 
@@ -54,26 +44,13 @@ class PairMargin:
         if self.is_partial and self.is_chosen:
             self.classes[i] = self._pairs(self.state.logits(x, i), i)
 
-    def _decode(self, copies, classes):
-        "Logits of pairs, and the gradient of each with respect to its copy of the image"
-        return gradient_of(
-            lambda pair, _: pair.sum(1),
-            lambda copies: self.state.model.per_class_logits(copies, classes),
-            copies,
-            classes,
-        )
-
     def _of_pairs(self, objective, x, i, classes):
         "Logits `[b,C]`, of which those of the pairs are true, and gradients"
-        state, copies = self.state, x.detach()[:, None].expand(-1, 2, *x.shape[1:])
-        pair, J = over_parts(self._decode, state.model, copies, classes)
-        state.partial[:, i] += 2
-        below = pair.amin(1) - 1 - pair.abs().amax(1)
-        logits = below[:, None].repeat(1, state.n_classes)
-        logits = logits.scatter(1, classes, pair).requires_grad_()
+        logits, J = self.state.of_classes(x, i, classes)
+        logits.requires_grad_()
         slopes = torch.autograd.grad(objective(logits, i).sum(), logits)[0].gather(1, classes)
         g = torch.einsum('bm,bm...->b...', slopes.to(J), J)
-        return logits.detach(), state.defined(g, i)
+        return logits.detach(), self.state.defined(g, i)
 
     def _again(self, objective, x, i, logits, g):
         "Gradients, anew where not the target but a class outside the pair is ahead"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .boundary import boundary_distances
 from .engine import AttackState, BestNorm, attack
 from .gradient import project, unit
 from .inputs import check_choice, check_counts, check_positive, check_range
@@ -27,8 +28,7 @@ def nearest_boundary(
     """Distance of the nearest of the boundaries to the nine strongest classes, linearised at the
     images, and the gradient of the margin to that class."""
     _, f, grad_f = state.logit_differences(state.x, state.all, most=9)
-    slope = norm(grad_f.flatten(0, 1), {1: math.inf, 2: 2, math.inf: 1}[p]).view(f.shape)
-    distance, k = (f.abs() / slope.clamp_min(torch.finfo(slope.dtype).tiny)).min(1)
+    distance, k = boundary_distances(f, grad_f, p).min(1)
     return distance, -grad_f[state.all, k]
 
 

@@ -13,6 +13,7 @@ from genrobust import attacks, cli
 from genrobust.data import Images
 from genrobust.training import make_optimiser, train_epoch
 
+KINDS = dict(MODELS, normalised=lambda: attacks.Normalized(Plain(), 0.3, 0.5))
 LONG = dict(binary_search_steps=1, c=1e-9, lr=0.01)
 # Parameters for so many steps; and waits of one more of them
 STEPS = dict(
@@ -51,7 +52,7 @@ def test_every_attack_is_counted():
 
 def count(name, kind, home='cuda', **given):
     "Waits of an attack that takes all its steps"
-    model = MODELS[kind]().eval().requires_grad_(False)
+    model = KINDS[kind]().eval().requires_grad_(False)
     with PretendedGPU() as gpu:
         model = model.to('cuda')
         model = Stubborn(model.fixed(0) if kind == 'gfz' else model).to('cuda')
@@ -71,6 +72,11 @@ def check_step(name, kind, more=0, **given):
 @pytest.mark.parametrize('name', STEPS)
 def test_waits_of_a_step(name, kind):
     check_step(name, kind)
+
+
+@pytest.mark.parametrize('name', ['pgd', 'apgd', 'ddn'])
+def test_waits_of_a_step_on_normalised_images(name):
+    check_step(name, 'normalised')
 
 
 @pytest.mark.parametrize('name', STEPS)
