@@ -253,6 +253,12 @@ _zoo = dict(genrobust=partial(zoo, max_queries=5000, binary_search_steps=1))
 _zoo_others = dict(art=partial(_art, 'ZooAttack', batch_size=1, **_ZOO), full_batches=_full_batches)
 
 
+_DDN = dict(
+    foolbox=partial(_foolbox, 'DDNAttack', steps=1000),
+    adv_lib=partial(_adv_lib, 'ddn', steps=1000, levels=None),
+)
+
+
 def _stopped(attack, **settings):
     "An attack for success alone, and the same to its end"
     return dict(genrobust=partial(attack, **settings), to_the_end=partial(attack, early_stop=False))
@@ -285,6 +291,7 @@ BENCHMARKS = {
     ),
     'pgd-cnn': Benchmark('cnn', 256, 'linf', _stopped(_pgd, restarts=3), _PGD),
     'apgd-cnn': Benchmark('cnn', 256, 'linf', _stopped(_apgd), _APGD),
+    'ddn-cnn_at': Benchmark('cnn_at', 100, 'l2', dict(genrobust=ddn), _DDN, rounds=5),
     'minimum_norm-gfz': Benchmark('gfz', 24, 'l2', _minimum_norm, {}, rounds=5),
     'targets-gfz': Benchmark('gfz', 8, 'linf', _targets, {}, rounds=5),
 }  # by name, attack and model
