@@ -248,7 +248,7 @@ _APGD = dict(
 
 # %% ../nbs/26_speed.ipynb #26-043f
 _deepfool = dict(genrobust=deepfool, nearest_5=partial(deepfool, nearest=5))
-_few = dict(binary_search_steps=2, steps=20)
+_CW_FEW = dict(binary_search_steps=2, steps=20)
 _zoo = dict(genrobust=partial(zoo, max_queries=5000, binary_search_steps=1))
 _zoo_others = dict(art=partial(_art, 'ZooAttack', batch_size=1, **_ZOO), full_batches=_full_batches)
 
@@ -279,10 +279,10 @@ _targets = dict(
 # %% ../nbs/26_speed.ipynb #26-043g
 BENCHMARKS = {
     'deepfool-gfz': Benchmark('gfz', 16, 'l2', _deepfool, _DEEPFOOL, rounds=5),
-    'deepfool-gfz-3000': Benchmark('gfz', 16, 'l2', _deepfool, _DEEPFOOL, 5, first=3000),
+    'deepfool-gfz-3000': Benchmark('gfz', 16, 'l2', _deepfool, _DEEPFOOL, rounds=5, first=3000),
     'deepfool-cnn': Benchmark('cnn', 256, 'l2', dict(genrobust=deepfool), _DEEPFOOL),
     'carlini_wagner-gfz': Benchmark(
-        'gfz', 8, 'l2', dict(genrobust=partial(carlini_wagner, **_few)), _CW_GFZ
+        'gfz', 8, 'l2', dict(genrobust=partial(carlini_wagner, **_CW_FEW)), _CW_GFZ
     ),
     'carlini_wagner-cnn': Benchmark('cnn', 16, 'l2', dict(genrobust=carlini_wagner), _CW_CNN),
     'zoo-cnn': Benchmark('cnn', 4, 'l2', _zoo, _zoo_others),
@@ -299,6 +299,7 @@ BENCHMARKS = {
 # %% ../nbs/26_speed.ipynb #26-044
 def _correct(model, images, first, n):
     "The first `n` images from `first` on that the model classifies correctly"
+    require(first < len(images.x), f'expected more than {first} images, found {len(images.x)}')
     x, y = (v[first : first + 2 * n + 20] for v in images)
     where = (predict(model, x).argmax(1) == y).nonzero().squeeze(1)[:n]
     require(len(where), f'the model classifies none of {len(y)} images correctly')
@@ -351,9 +352,7 @@ def run_benchmark(
     rounds: int | None = None,  # Runs of every library; default: as the benchmark has it
     n: int | None = None,  # Images; default: as the benchmark has it
     device: str | torch.device | None = None,  # Default: `pick_device()`
-) -> (
-    "'pd.DataFrame'"
-):  # A row for each run: `seconds`, `success`, `norm`, `median`, passes an image, `error`
+) -> "'pd.DataFrame'":  # A row for each run: seconds, passes an image, success, norms, `error`
     """Run one attack by all libraries that are installed, in turns.
 
     A `ValueError` for an unknown name. An error of another library is noted in the column `error`.

@@ -42,10 +42,14 @@ def smallest_perturbation(
     norm: str,  # 'l2' or 'linf'
 ) -> "'pd.DataFrame'":  # A row an image: `size`, and `seed` of the latents
     """The smallest perturbation with which any attack on all of the images succeeded, for each: inf
-    where none did, -1 where the image was misclassified before."""
+    where none did, -1 where the image was misclassified before.
+
+    A `ValueError` where no attack ran on all images, or attacks of an image on several latents."""
     of = images[images.groupby('attack').image.transform('nunique') == images.image.nunique()]
     if not len(of):
         raise ValueError('expected an attack that ran on all of the images, found none')
+    if (of.groupby('image').seed.nunique() > 1).any():
+        raise ValueError('expected attacks of an image on the same latents, found several seeds')
     size = of[norm].where(of.success, math.inf).where(~of.initially_wrong, -1)
     return of.assign(size=size).groupby('image').agg(size=('size', 'min'), seed=('seed', 'first'))
 

@@ -1,6 +1,7 @@
 "What users ask for in every attack: masks, bounds and radii of each image, random models, other answers, 256 levels, a trace."
 
 import json
+import pickle
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -367,6 +368,15 @@ def test_a_model_of_normalised_images():
             Normalized(conv, **bad)
     with pytest.raises(ValueError, match='channels'):
         fgsm(Normalized(conv, (0.5, 0.5), 1), x)
+
+
+@pytest.mark.parametrize('mean, std', [(0.4, 0.2), (0.4, (0.2, 0.3, 0.4)), ((0.1, 0.2, 0.3), 0.5)])
+def test_a_normalised_model_can_be_traced_and_stored(mean, std):
+    model, x = Normalized(nn.Flatten(), mean, std), torch.rand(2, 3, 4, 4)
+    expected = (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+    torch.func.jacrev(model)(x[:1])
+    for again in (torch.jit.trace(model, x), pickle.loads(pickle.dumps(model))):
+        assert torch.allclose(again(x), expected.flatten(1))
 
 
 def test_a_normalised_bayes_classifier_keeps_its_protocol():

@@ -362,6 +362,14 @@ def test_of_an_attack_in_several_studies_most_images_count_and_least_time(tmp_pa
     assert smallest_perturbation(images, 'l2')['size'].tolist() == [0.3 if turned else 0.1] * 4
 
 
+def test_attacks_of_one_image_on_several_latents_are_not_mixed():
+    one = dict(image=[0, 1], norm='l2', success=True, initially_wrong=False, l2=0.1)
+    rows = [pd.DataFrame(dict(one, attack=name, seed=seed)) for name, seed in (('a', 0), ('b', 1))]
+    assert len(smallest_perturbation(rows[0], 'l2')) == 2
+    with pytest.raises(ValueError, match='several seeds'):
+        smallest_perturbation(pd.concat(rows), 'l2')
+
+
 def test_one_name_for_two_models_is_an_error(tmp_path):
     folders = [write_study(tmp_path / name, 4, 0.1, weights=name) for name in ('one', 'two')]
     with pytest.raises(ValueError, match='one model under each name'):

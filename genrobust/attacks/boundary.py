@@ -205,8 +205,8 @@ def deepfool(
     step_fraction: float = 1.0,  # Share of each linear estimate that is taken, in (0, 1]
     # Classes considered at every step, the label and the strongest others, 2 or more; None: all
     candidates: int | None = 10,
-    # Boundaries considered after the first step, those nearest to the image, 1 or more; None: of
-    # all candidates. Saves passes; without a target
+    # Boundaries considered after the first step, those nearest to the image, 1 or more; None: all.
+    # Ignored with a target
     nearest: int | None = None,
 ):
     "DeepFool (Moosavi-Dezfooli, Fawzi and Frossard, 2016, algorithm 2)."

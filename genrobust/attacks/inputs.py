@@ -269,20 +269,10 @@ class Normalized(Wrapped):
     ):
         super().__init__(model)
         self.mean, self.std = _statistic('mean', mean), _statistic('std', std)
-        self.copies = {}
 
     def like(self, model: Callable) -> nn.Module:
         "Another model, wrapped in the same way."
         return Normalized(model, self.mean, self.std)
-
-    def _beside(self, x):
-        "`mean` and `std` on the device of `x` and in its type, copied there once"
-        key = x.dtype, x.device
-        if key not in self.copies:
-            with torch.inference_mode(False):  # no gradient goes through a tensor of that mode
-                copies = [torch.tensor(value, dtype=x.dtype) for value in (self.mean, self.std)]
-                self.copies[key] = [value.to(x.device) for value in copies]
-        return self.copies[key]
 
     def normalise(
         self,
@@ -290,11 +280,13 @@ class Normalized(Wrapped):
         axis: int = 1,  # Of channels
     ) -> Tensor:
         "`(x - mean) / std`; a `ValueError` for images of another number of channels."
-        n, channels = {len(self.mean), len(self.std)} - {1}, x.shape[axis]
+        n, channels = {len(self.mean), len(self.std)} - {1}, int(x.shape[axis])
         require(n <= {channels}, f'mean and std are of {n} channels, images have {channels}')
-        shape = -1, *[1] * (x.ndim - axis - 1)
-        mean, std = (value.view(shape) for value in self._beside(x))
-        return (x - mean) / std
+        if not n:  # numbers of Python wait for no device
+            return (x - self.mean[0]) / self.std[0]
+        mean, std = (channels // len(values) * values for values in (self.mean, self.std))
+        parts = zip(x.split(1, axis), mean, std)
+        return torch.cat([(part - m) / s for part, m, s in parts], axis)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(self.normalise(x))

@@ -27,6 +27,7 @@ STEPS = dict(
     mim=(lambda n: dict(steps=n), 0),
     apgd=(lambda n: dict(steps=n), 0),
     deepfool=(lambda n: dict(steps=n), 1),
+    deepfool_on_the_nearest=(lambda n: dict(steps=n, nearest=2), 1),
     truncated_deepfool=(lambda n: dict(steps=n), 1),
     superdeepfool=(lambda n: dict(steps=n, deepfool_steps=2), 1),
     carlini_wagner=(lambda n: dict(steps=n, **LONG), 1),
@@ -42,7 +43,7 @@ WITHOUT_STEPS = dict(random_noise=({}, 6), fgsm=({}, 8), fgsm_in_l2=(dict(p=2), 
 
 
 def attack_called(name):
-    return getattr(attacks, re.sub('_that_stops|_in_l2|_to_two_targets', '', name))
+    return getattr(attacks, re.sub('_that_stops|_in_l2|_to_two_targets|_on_the_nearest', '', name))
 
 
 def test_every_attack_is_counted():
