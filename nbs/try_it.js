@@ -51,7 +51,16 @@
     }
     return s;
   }
-  const writeAddress = () => history.replaceState(history.state, '', `#${new URLSearchParams(state)}`);
+  // Safari throws where the address is written a hundred times within seconds, as by a slider: then once more, later
+  let later;
+  function writeAddress() {
+    clearTimeout(later);
+    try {
+      history.replaceState(history.state, '', `#${new URLSearchParams(state)}`);
+    } catch {
+      later = setTimeout(writeAddress, 1000);
+    }
+  }
 
   // ---- what the data say of a view
   const model = () => data.models[state.model];

@@ -325,6 +325,19 @@ def test_the_page_can_be_used_by_mouse_and_by_keyboard(browser, address, width):
         assert 'GFZ' in text(page, 'example')
 
 
+def test_a_browser_that_writes_no_more_addresses_still_shows_the_view(browser, address):
+    "As Safari for some seconds; the address follows"
+    with opened(browser, f'{address}/light.html', 390) as page:
+        page.evaluate(
+            '() => { own = history.replaceState; history.replaceState = () => { throw Error() } }'
+        )
+        page.click('label[for=try-model-cnn]')
+        page.wait_for_function('document.getElementById("try-example").textContent.includes("CNN")')
+        assert 'model=cnn' not in page.url
+        page.evaluate('() => { history.replaceState = own }')
+        page.wait_for_function('location.hash.includes("model=cnn")')
+
+
 @pytest.mark.parametrize('width', [1280, 390])
 @pytest.mark.parametrize('theme', ['light', 'dark'])
 def test_axe_finds_nothing(browser, address, width, theme):
