@@ -336,7 +336,7 @@ def write_try_it(
         say(f'{name:<16}try_it.{name}.png')
     write_whole(folder / 'try_it.json', json.dumps(about, separators=(',', ':')))
     picture = BytesIO()
-    static_picture(folder, 9 % len(i)).savefig(picture, dpi=110)
+    static_picture(folder, 9 % len(i)).savefig(picture, dpi=220)
     write_whole(folder / 'try_it.png', picture.getvalue())
     say(f'Written to {folder}: try_it.json, try_it.png')
     return folder

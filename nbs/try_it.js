@@ -51,7 +51,16 @@
     }
     return s;
   }
-  const writeAddress = () => history.replaceState(history.state, '', `#${new URLSearchParams(state)}`);
+  // Safari throws where the address is written a hundred times within seconds, as by a slider: then once more, later
+  let later;
+  function writeAddress() {
+    clearTimeout(later);
+    try {
+      history.replaceState(history.state, '', `#${new URLSearchParams(state)}`);
+    } catch {
+      later = setTimeout(writeAddress, 1000);
+    }
+  }
 
   // ---- what the data say of a view
   const model = () => data.models[state.model];
@@ -127,7 +136,7 @@
   function showFacts(now) {
     const m = model(), draws = data.settings.draws, rows = [];
     const add = (name, ...value) => rows.push(make('tr', {}, make('th', {scope: 'row'}, name), make('td', {}, ...value)));
-    for (const c of m.density ? new Set([label(), now.predicted]) : []) add(`log p(x, ${data.classes[c]})`, `${number(now.logits[c], 1)} nats`);
+    for (const c of m.density ? new Set([label(), now.predicted]) : []) add(`log p(x, ${data.classes[c]})`, `${number(now.logits[c], 1)} nats${isFresh() ? `, mean of ${draws} draws` : ''}`);
     if (!m.density) add('log p(x, y)', 'none: this model has no density of images');
     let n_rejected = 0;
     for (const [name, d] of Object.entries(m.detectors)) {
@@ -164,8 +173,9 @@
     parts.push(svg('text', {x: (left + W - right) / 2, y: H - 4, 'text-anchor': 'middle'}, `largest ${NORMS[state.norm]} norm allowed`));
     parts.push(svg('text', {x: 4, y: 20}, 'margin (nats)'));
     const first = margins.findIndex(m => m < 0);
-    const what = first < 0 ? `stays above 0 up to ${radius(sizes.length - 1)}: this attack did not succeed`
-      : first === 0 ? 'is below 0 before any attack' : `falls below 0 between ${radius(first - 1)} and ${radius(first)}: there the image is misclassified`;
+    const [fails, succeeds] = isFresh() ? ['', ''] : [': this attack did not succeed', ': there the image is misclassified'];
+    const what = first < 0 ? `stays above 0 up to ${radius(sizes.length - 1)}${fails}`
+      : first === 0 ? 'is below 0 before any attack' : `first falls below 0 between ${radius(first - 1)} and ${radius(first)}${succeeds}`;
     byId('curve').replaceChildren(...parts);
     byId('curve').setAttribute('aria-label', `Margin against the size of the perturbation: ${margins.map((m, k) => `${radius(k)}: ${number(m, 1)}`).join('; ')}`);
     const whose = isFresh() ? ' (of the mean over 20 draws)' : '';

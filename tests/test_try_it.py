@@ -117,6 +117,20 @@ def test_margins_fall_and_start_above_zero(name):
     assert (margins[:, 0, -1] < 0).float().mean() > 0.5
 
 
+def test_in_short_agrees_with_the_data():
+    "Successes of the attack by model and norm, and what becomes of those on GFZ"
+    wrong = {}
+    for name, about in ABOUT['models'].items():
+        predicted = of(about['logits']).argmax(3)
+        wrong[name] = predicted != LABELS[:, None, None].expand(predicted.shape)
+    n = {name: found.sum((0, 2)) for name, found in wrong.items()}
+    assert (n['gfz'] < n['cnn']).all() and (n['gfz'] < n['dfz']).all()
+    assert (n['cnn_at'] < n['gfz']).all()
+    draws = of(ABOUT['models']['gfz']['wrong']).view_as(wrong['gfz'])[wrong['gfz']]
+    assert 1 / 3 < 1 - draws.mean() / SETTINGS.draws < 2 / 5
+    assert 'More than a third' in '\n'.join(cell.source for cell in cells(NBS / 'try_it.ipynb'))
+
+
 @each_bayes
 def test_resampled_latents_can_be_computed_again(name, clfs):
     about, at = ABOUT['models'][name], (3, 0, 7)
@@ -193,7 +207,7 @@ def blocks():
     "The raw HTML of the page, in order, and its headings"
     for cell in cells(NBS / 'try_it.ipynb'):
         if cell.cell_type == 'markdown':
-            pattern = r'^(#+) (.*)$|```\{=html\}\n(.*?)\n```'
+            pattern = r'^(#+) ([^\n]*)$|```\{=html\}\n(.*?)\n```'
             for level, heading, raw in re.findall(pattern, cell.source, re.M | re.S):
                 yield raw or f'<h{len(level)}>{heading}</h{len(level)}>'
 
@@ -274,6 +288,7 @@ def test_the_page_can_be_used_by_mouse_and_by_keyboard(browser, address, width):
             wait = f"document.getElementById('try-example').textContent.includes('{name.upper()}')"
             page.wait_for_function(wait)
             assert says in text(page, 'example')
+            assert 'there the image is misclassified' in text(page, 'curve-text')
             assert ABOUT['classes'][label] in text(page, 'example')
             shown = [float(p) for p in re.findall(r'([\d.]+) %', text(page, 'bars'))]
             assert shown == pytest.approx((100 * logits.softmax(0)).tolist(), abs=0.1)
@@ -290,6 +305,9 @@ def test_the_page_can_be_used_by_mouse_and_by_keyboard(browser, address, width):
         page.keyboard.press('ArrowDown')
         page.wait_for_function("location.hash.includes('latents=fresh')")
         assert text(page, 'bars') != before and 'mean over 20 draws' in text(page, 'bars-text')
+        # The sign of a mean of logits says little of the mean of probabilities
+        assert 'misclassified' not in text(page, 'curve-text')
+        assert 'nats, mean of 20 draws' in text(page, 'facts')
         first = text(page, 'plane-text')
         page.focus('#try-a')
         page.keyboard.press('Home')
@@ -307,6 +325,19 @@ def test_the_page_can_be_used_by_mouse_and_by_keyboard(browser, address, width):
         assert 'GFZ' in text(page, 'example')
 
 
+def test_a_browser_that_writes_no_more_addresses_still_shows_the_view(browser, address):
+    "As Safari for some seconds; the address follows"
+    with opened(browser, f'{address}/light.html', 390) as page:
+        page.evaluate(
+            '() => { own = history.replaceState; history.replaceState = () => { throw Error() } }'
+        )
+        page.click('label[for=try-model-cnn]')
+        page.wait_for_function('document.getElementById("try-example").textContent.includes("CNN")')
+        assert 'model=cnn' not in page.url
+        page.evaluate('() => { history.replaceState = own }')
+        page.wait_for_function('location.hash.includes("model=cnn")')
+
+
 @pytest.mark.parametrize('width', [1280, 390])
 @pytest.mark.parametrize('theme', ['light', 'dark'])
 def test_axe_finds_nothing(browser, address, width, theme):
@@ -317,6 +348,8 @@ def test_axe_finds_nothing(browser, address, width, theme):
         page.add_script_tag(path=axe)
         levels = ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa']
         found = page.evaluate('levels => axe.run({runOnly: levels})', levels)
+        headings = page.locator('h1, h2, h3').all_inner_texts()
+        assert headings == ['Try it', 'Attack an image', 'Walk in a plane', 'What the data are']
         faults = [(fault['id'], fault['nodes'][0]['html']) for fault in found['violations']]
         assert not faults and len(found['passes']) > 10
 
@@ -324,8 +357,29 @@ def test_axe_finds_nothing(browser, address, width, theme):
 def test_without_javascript_there_is_a_picture(browser, address):
     with opened(browser, f'{address}/light.html', 390, java_script_enabled=False) as page:
         picture = page.locator('noscript img')
-        assert picture.get_attribute('alt') and picture.bounding_box()['width'] > 200
+        assert picture.get_attribute('alt') and picture.bounding_box()['width'] > 500
+        assert page.evaluate('document.documentElement.scrollWidth') == 390
         assert page.locator('#try-it').is_hidden() and page.locator('#try-wait').is_hidden()
+
+
+FIGURE = """<!DOCTYPE html><meta name="viewport" content="width=device-width, initial-scale=1">
+<style>body {{margin: 0 12px}} {}</style><main><div class="cell-output cell-output-display"><p><a href="#">
+<img class="img-fluid" width="1000" height="400" src="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg'/>">
+</a></p></div><a href="https://colab.research.google.com/x">Open in Colab</a></main>"""
+
+
+def test_a_wide_figure_can_be_read_on_a_phone(browser):
+    "It keeps half of its width and is moved within the page, which is as wide as the screen"
+    css = '.img-fluid {max-width: 100%; height: auto}' + (NBS / 'styles.css').read_text()
+    for width, least, most in ((390, 500, 600), (1280, 1000, 1000)):
+        page = browser.new_page(viewport=dict(width=width, height=800))
+        page.set_content(FIGURE.format(css))
+        box = page.evaluate(
+            '(({width, height}) => [width, height])(document.querySelector("img").getBoundingClientRect())'
+        )
+        assert least <= box[0] <= most and box[0] == pytest.approx(2.5 * box[1])
+        assert page.evaluate('document.documentElement.scrollWidth') == width
+        page.close()
 
 
 def test_nothing_comes_from_elsewhere():
