@@ -142,7 +142,7 @@ def _network(model):
 # %% ../nbs/11_adaptive.ipynb #11-031p
 class DetectorAugmented(AttackView):
     """Classifier and detector as C+1 logits of which the largest is the answer, the last one
-    standing for *rejected*: `[B,1,28,28]` to `[B,C+1]` nats; for targeted attacks (one more
+    standing for rejected: `[B,1,28,28]` to `[B,C+1]` nats; for targeted attacks (one more
     class as in Carlini and Wagner, 2017)"""
 
     def __init__(
