@@ -8,6 +8,7 @@ import inspect
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -38,6 +39,7 @@ from PIL import Image
 
 import genrobust
 from genrobust import _modidx, cli
+from genrobust.files import claimed
 
 NAMES = ['.'.join(p.relative_to(ROOT / 'genrobust').with_suffix('').parts) for p in MODULES]
 each_module = pytest.mark.parametrize('name', NAMES)
@@ -198,11 +200,15 @@ def anchors(page):
 
 
 @pytest.fixture(scope='module')
-def pages():
-    "The folder of the pages that Quarto renders"
-    subprocess.run(
-        [sys.executable, ROOT / 'tests/notebooks.py', 'pages'], check=True, capture_output=True
-    )
+def pages(tmp_path_factory):
+    "The folder of the pages that Quarto renders, made once: two workers would be in each other's way"
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if 'PYTEST_XDIST_WORKER' in os.environ else folder
+    for made in claimed([folder / 'pages']):
+        if not made.exists():
+            command = [sys.executable, ROOT / 'tests/notebooks.py', 'pages']
+            subprocess.run(command, check=True, capture_output=True)
+            made.touch()
     return ROOT / '_proc'
 
 
