@@ -331,7 +331,9 @@ def test_the_site_reads_well():
     html, website = site['format']['html'], site['website']
     expected = {'code-fold': True, 'code-tools': True, 'lightbox': 'auto', 'tbl-colwidths': False}
     assert expected.items() <= html.items() and html['html-math-method'] == 'mathml'
-    assert html['grid']['body-width'] == '860px'  # below 800 the tables of Results are cut off
+    assert (
+        int(html['grid']['body-width'].removesuffix('px')) > 800
+    )  # or Results' tables are cut off
     assert html['citation']['title'] == yaml.safe_load((ROOT / 'CITATION.cff').read_text())['title']
     assert website['page-navigation'] is True and website['page-footer']['left']
     assert (ROOT / 'nbs' / website['favicon']).exists()
