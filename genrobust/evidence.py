@@ -759,14 +759,19 @@ def measure_checks(
     *,
     balls: Sequence[tuple] = BALLS,  # Pairs of norm and radius
     size: str = 'standard',  # A key of `BUDGETS`; rows of another size stay as they are
+    checks: Sequence[str] | None = None,  # Names; default: all of `CHECKS`
     sources: Sequence[str | Path] = ('cnn', 'gfz'),  # Models that examples are transferred from
     splits: Splits | None = None,  # Default: Fashion-MNIST; the first test images are attacked
     device: str | torch.device | None = None,  # Default: `pick_device()`
     seed: int = 0,  # Of random numbers and latents
     say: Callable = print,  # Told what is done
 ) -> None:
-    "Run all checks of models, one after another; what is in the files already is left out."
+    "Run checks of models, one after another; what is in the files already is left out."
     check_choice(BUDGETS, size=size)
+    named = {check.__name__: check for check in CHECKS}
+    checks = list(named) if checks is None else checks
+    for check in checks:
+        check_choice(named, check=check)
     folder = writable(folder)
     name, splits = ('given', splits) if splits is not None else load_or_synthetic()
     load = partial(load_pretrained, device=device)
@@ -778,7 +783,7 @@ def measure_checks(
         done = set(rows.reindex(columns=keys).itertuples(index=False, name=None))
         for p, eps in balls:
             at = norm_name(p), eps
-            todo = [check for check in CHECKS if (check.__name__, *at, size) not in done]
+            todo = [named[check] for check in checks if (check, *at, size) not in done]
             own = dict(p=p, eps=eps, seed=seed, size=size)
             others = {k: source for k, source in loaded.items() if k != model}
             trial = todo and _trial(clf, splits, others, joint_attack in todo, **own)

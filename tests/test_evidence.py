@@ -348,30 +348,28 @@ def test_transfer_is_success_of_one_models_examples_on_another(linear, splits):
     assert (found.low <= found.success).all() and (found.success <= found.high).all()
 
 
-def test_tables_are_written_and_go_on_where_they_stopped(splits, tmp_path, monkeypatch):
-    cheap = [evidence.clean_draws, evidence.ablation, evidence.more_steps]
-    monkeypatch.setattr(evidence, 'CHECKS', {check: CHECKS[check] for check in cheap[:2]})
-    told = []
+def test_tables_are_written_and_go_on_where_they_stopped(splits, tmp_path):
+    cheap, told = ['clean_draws', 'ablation', 'more_steps'], []
     own = dict(size='quick', splits=splits, sources=[], device='cpu', say=told.append)
-    measure_checks(['cnn'], tmp_path, balls=[(math.inf, 0.1)], **own)
+    measure_checks(['cnn'], tmp_path, balls=[(math.inf, 0.1)], checks=cheap[:2], **own)
     first = pd.read_csv(tmp_path / 'cnn.csv')
     assert list(first.check) == ['clean_draws', 'ablation'] and len(told) == 2
     assert set(first.norm) == {'linf'} and set(first.verdict) == {'passes'}
     assert json.loads(first.rates[1]) == {'success at any size': 1.0}
-    monkeypatch.setattr(evidence, 'CHECKS', {check: CHECKS[check] for check in cheap})
-    measure_checks(['cnn'], tmp_path, balls=[(math.inf, 0.1)], **own)
+    measure_checks(['cnn'], tmp_path, balls=[(math.inf, 0.1)], checks=cheap, **own)
     again = pd.read_csv(tmp_path / 'cnn.csv')
-    assert list(again.check) == ['clean_draws', 'ablation', 'more_steps'] and len(told) == 3
+    assert list(again.check) == cheap and len(told) == 3
+    with pytest.raises(ValueError, match="check must be one of clean_draws, .*, found 'luck'"):
+        measure_checks(['cnn'], tmp_path, checks=['ablation', 'luck'], **own)
     pd.testing.assert_frame_equal(again[:2], first)
     measure_transfer(['cnn', 'cnn_at'], tmp_path, images=8, splits=splits, device='cpu')
     found = pd.read_csv(tmp_path / 'transfer.csv')
     assert len(found) == 2 * 3 * 2 and set(found.norm) == {'linf', 'l2'}
 
 
-def test_rows_of_other_sizes_stay_and_of_other_settings_are_refused(tmp_path, monkeypatch, splits):
-    check = evidence.clean_draws
-    monkeypatch.setattr(evidence, 'CHECKS', {check: 2})
-    own = dict(balls=[(math.inf, 8 / 255)], splits=splits, device='cpu', say=lambda text: None)
+def test_rows_of_other_sizes_stay_and_of_other_settings_are_refused(tmp_path, splits):
+    own = dict(balls=[(math.inf, 8 / 255)], checks=['clean_draws'], splits=splits)
+    own |= dict(device='cpu', say=lambda text: None)
     for size in ('quick', 'standard', 'quick'):
         measure_checks(['cnn'], tmp_path, size=size, **own)
     rows = pd.read_csv(tmp_path / 'cnn.csv')
