@@ -255,22 +255,22 @@ def _inputs(model, x, y):
     return digest({**weights, 'images.x': x, 'images.y': y})[:8]
 
 # %% ../nbs/40_corruptions.ipynb #40-034
-def _missing(rows, latents, asked):
-    "Those (corruption, severity) of which a table has no row"
+def _kinds(rows):
+    "Seed of the latents, corruption and severity of each row"
     keys = ['latents', 'corruption', 'severity']
-    done = set(rows.reindex(columns=keys).itertuples(index=False, name=None))
-    return [pair for pair in asked if (latents, *pair) not in done]
+    return list(rows.reindex(columns=keys).itertuples(index=False, name=None))
 
 
-def _measured(model, images, pairs, seed, batch_size):
-    "A row for each (corruption, severity)"
+def _measured(model, images, kinds, seed, batch_size):
+    "A row for each (seed of the latents, corruption, severity)"
     x, y = images.x, images.y.cpu().numpy()
-    clean = _answers(model, x, batch_size)[1] if pairs else None
-    for corruption, severity in pairs:
+    clean = _answers(model, x, batch_size)[1] if kinds else None
+    for latents, corruption, severity in kinds:
         changed = corrupt(x, corruption, severity, seed) if severity else x
         predictions, log_px = _answers(model, changed, batch_size)
         has_density = not np.isnan(log_px).all()
         yield dict(
+            latents=latents,
             corruption=corruption,
             severity=severity,
             right=int((predictions == y).sum()),
@@ -311,10 +311,11 @@ def measure_corruptions(
         about = dict(model=name, inputs=_inputs(model, *images), n=len(images.x), seed=seed)
         file = None if folder is None else folder / f'{name}.csv'
         rows = read_rows(file, **about)
-        missing = _missing(rows, latents, [('clean', 0), *asked])
+        wanted = [(latents, *pair) for pair in [('clean', 0), *asked]]
+        missing = [kind for kind in wanted if kind not in _kinds(rows)]
         for row in _measured(fix_latents(model, latents), images, missing, seed, batch_size):
-            rows = write_rows(file, rows, [about | dict(latents=latents) | row])
-        tables.append(rows)
+            rows = write_rows(file, rows, [about | row])
+        tables.append(rows[[kind in wanted for kind in _kinds(rows)]])
     return _with_rates(pd.concat(tables, ignore_index=True))
 
 # %% ../nbs/40_corruptions.ipynb #40-040
@@ -325,6 +326,7 @@ def shares_right(
     "The share of severities at which each image is classified correctly, by corruption."
     import pandas as pd
 
+    require(rows.latents.nunique() == 1, 'expected rows of one draw of latents')
     shares = {}
     for name, of in rows.groupby('corruption', sort=False):
         digits = np.array([list(line) for line in of.predictions], dtype=int)
@@ -386,7 +388,7 @@ def summarise(
     losses = errors.add(means.clean - 1, axis=0)
     base = losses.loc[baseline]
     table = dict(clean=means.clean, corrupted=means['all'], loss=means.clean - means['all'])
-    table |= dict(zip(('low', 'high'), zip(*ends)))
+    table |= dict(zip(('low', 'high'), np.clip(ends, 0, 1).T))
     table['mce'] = (errors / errors.loc[baseline]).mean(axis=1)
     table['rmce'] = (losses / base.where(base > 0)).mean(axis=1)
     table['auroc'] = rows[rows.corruption != 'clean'].groupby('model').auroc.mean()

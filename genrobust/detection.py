@@ -579,9 +579,9 @@ def detected(
     counted = attacked[attacked.success | attacked.initially_wrong & is_on(wrong_too)]
     if is_on(alpha_on_batch):
         require(
-            (attacked.image >= 0).all(),
+            attacked.image.isin(clean.image).all(),
             'alpha_on_batch needs an attack on the first test images, in order, '
-            'whose clean versions are known',
+            'and the clean versions of all of them',
         )
         clean, threshold = clean[clean.image.isin(attacked.image)], None
     return roc(clean[detector], counted[detector], threshold, fpr)

@@ -57,6 +57,7 @@ from genrobust.attacks.result import (
     margin,
     norm,
     per_image,
+    perturbation_norm,
     require,
     rounding_tolerance,
 )
@@ -589,8 +590,8 @@ class AttackCase(ModelCase):
         found = _run(attack, net, self.x[i], self.y[i], **shared, **given)
         if found is None:
             return fooled
-        size = norm(found.perturbation, own['p'])
-        is_within = (size > 0) & (size <= own['eps'] * (1 + 1e-5))
+        size, slack = perturbation_norm(self.x[i], found.x_adv, own['p'])
+        is_within = (size > 0) & (size <= own['eps'] + slack)
         return self.is_fooled(found.x_adv, i) & is_within
 
     def share(self, fooled: Tensor) -> float:
@@ -743,7 +744,13 @@ def fgsm_beats_pgd(case: AttackCase) -> float:
 class Readout(nn.Module):
     "Two classes made of the logits of a model: 0 and `(logits - mean) @ w - t`"
 
-    def __init__(self, model: Callable, mean: Tensor, w: Tensor, t: Tensor):
+    def __init__(
+        self,
+        model: Callable,  # Images to logits `[B,C]`
+        mean: Tensor,  # `[C]`
+        w: Tensor,  # `[C]`
+        t: Tensor,  # Threshold `[]`
+    ):
         super().__init__()
         self.model, self.mean, self.w, self.t = model, mean, w, t
         self.eval()

@@ -235,7 +235,8 @@ def _judge(name, found, limit, passes, fails):
     is_small = math.isnan(values) or n < 5
     verdict = 'undecided' if is_small else 'passes' if values <= limit else 'fails'
     reason = passes if verdict == 'passes' else fails
-    reason = f'only {n} images count' if is_small else reason
+    if is_small:
+        reason = f'only {n} images count' if n < 5 else 'no image is classified correctly'
     return Check(name, values, verdict, reason, limit, n, low, high, rates)
 
 # %% ../nbs/41_checks.ipynb #41-017
@@ -259,6 +260,8 @@ def study_check(
         @wraps(measure)
         def check(model, x=None, y=None, **own):
             trial = model if isinstance(model, Trial) else Trial(model, x, y, **own)
+            is_bare = x is None and y is None and not own
+            require(trial is not model or is_bare, 'a Trial has images and settings of its own')
             with warnings.catch_warnings(), seeded(derive_seed(name, trial.seed), trial.x.device):
                 warnings.simplefilter('ignore', RuntimeWarning)  # gradients that are not finite
                 try:
@@ -556,9 +559,9 @@ def _descend(distance, like, ball, steps, state):
     """Steps down the squared distance from clean images `like`, from each image to its point of
     lowest margin; `distance(state, like)` gives a function of points to logits and gradients"""
     best, i, x = BestMargin(state), state.all, state.x
-    look = distance(state, state.own(like, i))
+    evaluate = distance(state, state.own(like, i))
     for _ in range(steps):
-        logits, g = look(x, i)
+        logits, g = evaluate(x, i)
         best.update(x, logits, i)
         i, x, g = best.active(i, x, g)
         if not len(i):
@@ -592,14 +595,14 @@ def _latent_distance(state, like):
     label = state.logits(like, state.all).argmax(1)
     goal = net.latent_mean(like, label).detach()
 
-    def look(x, i):
+    def evaluate(x, i):
         def distance(z, _):
             return (z - goal[i]).square().sum(1)
 
         _, g = gradient_of(distance, lambda x: net.latent_mean(x, label[i]), x, i)
         return state.logits(x, i), state.defined(g, i)
 
-    return look
+    return evaluate
 
 # %% ../nbs/41_checks.ipynb #41-039
 @attack(minimum_norm=False)

@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attacks.autodiff import ask
+from .attacks.inputs import as_labels
 from .compat import renamed
 from .files import digest, load_tensors, save_tensors
 from .files import write_whole as write_whole
@@ -686,10 +688,11 @@ def predict(
     x: Tensor,  # `[N,1,28,28]`, on any device
     batch_size: int = 100,  # Images at a time
 ) -> Tensor:  # Logits `[N,C]`, on the device of `x`
-    "Logits of many images in batches, in full float32; the model gets copies, which it may change."
+    """Logits of many images in batches, in full float32; of a model with one logit, 0 and that logit.
+    The model gets copies, which it may change."""
     device, parts = device_of(model, x), in_parts(model, x, batch_size)
     with no_tf32():
-        return torch.cat([model(part.to(device, copy=True)).to(x.device) for part in parts])
+        return torch.cat([ask(model, part.to(device)).to(x.device) for part in parts])
 
 
 def accuracy(
@@ -699,7 +702,8 @@ def accuracy(
     batch_size: int = 100,  # Images at a time
 ) -> float:  # Between 0 and 1
     "Share of images that are classified correctly."
-    return (predict(model, x, batch_size).argmax(1) == y.to(x.device)).float().mean().item()
+    y = as_labels(y, len(x), x.device, 'y')
+    return (predict(model, x, batch_size).argmax(1) == y).float().mean().item()
 
 # %% ../nbs/01_models.ipynb #01-043
 __getattr__ = renamed(

@@ -265,28 +265,33 @@ def measure_split(
     say: Callable[[str], object] = print,  # Told what goes on
 ) -> Path:  # The folder
     """Classify images of which the encoder sees noise, the densities do, both or neither: a file
-    `MODEL.csv` for each model, which is not measured again."""
+    `MODEL.csv` for each model; a sigma that is in it is not measured again."""
     check_counts(images=images)
+    for sigma in sigmas:
+        check_positive(sigma=sigma)
     folder, test = writable(folder), load(data, root).test
     check_range(1, len(test.x), images=images)
     x, y = test.first(images)
     key = Keys(derive_seed('split', check_seed(seed)), torch.arange(len(x)), torch.tensor(0))
     noise, pairs = normal(key, *x.shape[1:]), [(1, 0), (0, 1), (1, 1)]
+    keys = ['sigma', 'encoder', 'densities']
     for label, model in load_models(models, partial(load_pretrained, device=device)).items():
-        file, rows = folder / f'{label}.csv', []
+        file = folder / f'{label}.csv'
         about = dict(data=data, model=label, weights=digest(model.state_dict())[:12])
         about |= dict(images=len(x), seed=seed)
-        if {0.0, *sigmas} <= set(read_rows(file, **about).get('sigma', ())):
-            continue
-        for sigma, pair in [(0.0, (0, 0)), *((sigma, pair) for sigma in sigmas for pair in pairs)]:
+        rows, cases = read_rows(file, **about), [(0.0, (0, 0)), *product(sigmas, pairs)]
+        done = set(rows.reindex(columns=keys).itertuples(index=False, name=None))
+        for sigma, pair in cases:
+            kinds = [('clean', 'noisy')[on] for on in pair]
+            if (sigma, *kinds) in done:
+                continue
             encoded, taken = (x + on * sigma * noise for on in pair)
             with seeded(derive_seed('split latents', seed, sigma), device_of(model, x)):
                 found = predict_split(model, taken, encoded).argmax(1)
-            kinds = dict(zip(('encoder', 'densities'), (('clean', 'noisy')[on] for on in pair)))
             correct = int((found == y).sum())
-            rows.append(about | dict(sigma=sigma, **kinds, correct=correct))
-            say(f'{file.stem}, sigma {sigma:g}, {" ".join(kinds.values())}: {correct} of {len(x)}')
-        write_rows(file, rows, exact=['sigma'])
+            row = about | dict(zip(keys, (sigma, *kinds))) | dict(correct=correct)
+            rows = write_rows(file, rows, [row], exact=['sigma'])
+            say(f'{file.stem}, sigma {sigma:g}, {" ".join(kinds)}: {correct} of {len(x)}')
     return folder
 
 # %% ../nbs/39_smoothing.ipynb #39-064

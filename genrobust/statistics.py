@@ -28,11 +28,18 @@ def wilson(
     return max(centre - spread, 0.0), min(centre + spread, 1.0)
 
 # %% ../nbs/24_statistics.ipynb #24-022
+def _check_same_images(one, other):
+    "pandas would align values by their index, and leave out what only one of them has"
+    if not one.index.equals(other.index):
+        raise ValueError('expected two values of each image, with the same index; found others')
+
+
 def design_effect(
     hits: "'pd.Series'",  # One value in [0, 1] for each image
     cluster: "'pd.Series'",  # The cluster of each image, e.g. the seed of its latents
 ) -> float:  # 1 where it cannot be estimated: under two clusters, or a mean of 0 or 1
     "Variance of the mean of `hits`, estimated from clusters, over that of independent images."
+    _check_same_images(hits, cluster)
     n, clusters, p = len(hits), cluster.nunique(), hits.mean()
     if clusters < 2 or not 0 < p < 1:
         return 1.0
@@ -69,10 +76,16 @@ class Rate(NamedTuple):
         hits: Sequence[float],  # One value in [0, 1] for each image; a tensor, if on the CPU
         cluster: Sequence | None = None,  # The cluster of each image; None: images share nothing
     ) -> 'Rate':
-        "Wilson's interval, or that of clusters."
+        """Wilson's interval, or that of clusters; a `ValueError` for values that are not in [0, 1],
+        or for clusters of other images."""
         import pandas as pd
 
         hits = pd.Series(np.asarray(hits, float))
+        if not hits.between(0, 1).all():
+            raise ValueError(
+                f'expected values from 0 to 1, found {hits.min():g} to {hits.max():g}, '
+                f'{hits.isna().sum()} of {len(hits)} NaN'
+            )
         if cluster is None:
             low, high = wilson(hits.sum(), len(hits))
         else:
@@ -87,9 +100,13 @@ def mcnemar(
     one: "'pd.Series'",  # Whether each image is kept, bool
     other: "'pd.Series'",  # The same images, under another model or attack
 ) -> tuple[int, int, float]:  # Images that only `one` keeps, that only `other` keeps; p-value
-    "McNemar's exact test (1947) of two rates of the same images."
+    """McNemar's exact test (1947) of two rates of the same images; a `ValueError` where their index
+    differs."""
+    import pandas as pd
     from scipy.stats import binomtest
 
+    one, other = pd.Series(one), pd.Series(other)
+    _check_same_images(one, other)
     only_one = int((one & ~other).sum())
     only_other = int((other & ~one).sum())
     discordant = only_one + only_other

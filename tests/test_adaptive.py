@@ -88,6 +88,15 @@ def test_a_view_is_attacked_like_any_model(make, noise, x, tmp_path):
     assert AttackResult.load(tmp_path / 'r').settings == json.loads(json.dumps(result.settings))
 
 
+def test_draws_are_recorded_where_they_are_averaged(x):
+    clf = small()
+    still = clf.fixed(0)
+    assert fgsm(clf, x, eps=0.1, draws=3).settings['draws'] == 3
+    for model in (still, CNN().eval()):
+        result = fgsm(model, x, eps=0.1, draws=3)
+        assert 'draws' not in result.settings and result.forwards.max() <= 2
+
+
 @pytest.mark.parametrize('name', FACTORISATIONS)
 def test_gradients_through_the_factors_add_up(name, x):
     still, f = small(name).averaged(2, 3), FACTORISATIONS[name]

@@ -100,8 +100,14 @@ def test_draws_of_latents_share_a_file_and_densities_a_detector(tmp_path):
     models = {name: BayesClassifier(name, **small).eval() for name in ('GFZ', 'DFX')}
     how = dict(corruptions=['gaussian_noise'], severities=[5])
     first = measure_corruptions(models, IMAGES, tmp_path, **how)
-    both = measure_corruptions(models, IMAGES, tmp_path, latent_seed=1, **how)
-    assert len(first) == 4 and len(both) == 8 and set(both.latents) == {0, 1}
+    second = measure_corruptions(models, IMAGES, tmp_path, latent_seed=1, **how)
+    assert len(first) == len(second) == 4 and set(second.latents) == {1}
+    both = read_corruptions(tmp_path)
+    assert len(both) == 8 and set(both.latents) == {0, 1}
+    with pytest.raises(ValueError, match='one draw of latents'):
+        summarise(both, IMAGES.y, 'GFZ')
+    of_one = summarise(second, IMAGES.y, 'GFZ')
+    assert of_one.low.between(0, 1).all() and of_one.high.between(0, 1).all()
     gfz = both[both.model == 'GFZ']
     assert gfz.log_px.nunique() == 4  # another draw, another estimate
     assert gfz.auroc[gfz.corruption == 'clean'].eq(0.5).all()

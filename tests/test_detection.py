@@ -268,6 +268,10 @@ def test_the_clean_versions_of_other_images_are_not_guessed(prototypes, garments
     assert (frame[frame.attack == 'FGS'].image == -1).all()
     with pytest.raises(ValueError, match='first test images'):
         detected(frame, 'FGS', 'kl', 0.0, alpha_on_batch=True)
+    first = fgsm(prototypes, *garments.test.first(50), eps=0.05)
+    _, frame = detect(prototypes, {'FGS': first}, garments, n_train=600, n_valid=100, n_clean=49)
+    with pytest.raises(ValueError, match='clean versions of all of them'):
+        detected(frame, 'FGS', 'kl', 0.0, alpha_on_batch=True)
 
 
 def test_detect_is_repeatable_and_leaves_random_numbers_alone(noisy, garments):

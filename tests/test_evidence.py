@@ -367,6 +367,19 @@ def test_tables_are_written_and_go_on_where_they_stopped(splits, tmp_path):
     assert len(found) == 2 * 3 * 2 and set(found.norm) == {'linf', 'l2'}
 
 
+def test_a_trial_keeps_its_images_and_settings(linear, splits):
+    trial = Trial(linear, splits.test.x, splits.test.y, eps=EPS, size='quick')
+    for own in (dict(eps=0.3), dict(y=splits.test.y)):
+        with pytest.raises(ValueError, match='a Trial has images and settings of its own'):
+            evidence.headline(trial, **own)
+
+
+def test_images_that_are_all_misclassified_are_called_so(linear, splits):
+    wrong = (splits.test.y + 1) % 10
+    found = evidence.clean_draws(linear, splits.test.x, wrong, eps=EPS, size='quick')
+    assert found.verdict == 'undecided' and found.reason == 'no image is classified correctly'
+
+
 def test_rows_of_other_sizes_stay_and_of_other_settings_are_refused(tmp_path, splits):
     own = dict(balls=[(math.inf, 8 / 255)], checks=['clean_draws'], splits=splits)
     own |= dict(device='cpu', say=lambda text: None)

@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections import namedtuple
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -478,6 +479,8 @@ def test_a_trace_holds_every_evaluation(attack, tmp_path):
     again = AttackResult.load(tmp_path / 'a.safetensors')
     for values, others in zip(again.trace, trace):
         assert torch.equal(values.nan_to_num(9), others.nan_to_num(9))
+    with pytest.raises(ValueError, match='they differ in seed'):
+        AttackResult.cat([result, replace(result, settings=result.settings | dict(seed=7))])
     both = AttackResult.cat([result, again.to('cpu')]).trace
     assert both.norm.shape == (12, trace.norm.shape[1])
     assert result.l2.isfinite().all() and small(attack, net, x, **own).trace is None

@@ -50,7 +50,7 @@ def test_two_classes_give_the_whole_margin_and_its_gradient(name):
     assert torch.allclose(g, expected, atol=1e-10) and g.abs().max() > 0
     assert (logits.argmax(1) == whole.argmax(1)).all()
     other = torch.rand_like(x)
-    pairs.look(other, state.all)
+    pairs.choose_pairs(other, state.all)
     logits, g = pairs.gradient(state.margin, other, state.all)
     whole, expected = state.gradient(state.margin, other, state.all)
     assert torch.allclose(
@@ -126,7 +126,7 @@ def test_models_without_pairs_are_evaluated_whole():
     model, x = elsewhere()
     state = state_of(model, x)
     pairs = PairMargin(state)
-    pairs.look(x, state.all)
+    pairs.choose_pairs(x, state.all)
     assert not pairs.is_partial and not state.forwards.any()
     logits, g = pairs.gradient(state.margin, x, state.all)
     assert torch.equal(logits, model(x)) and (state.forwards == 1).all() and g.shape == x.shape

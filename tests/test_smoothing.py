@@ -201,5 +201,9 @@ def test_all_measurements_take_a_bayes_classifier(weights, tmp_path):
         (0.5, 'noisy', 'noisy'),
     ]
     assert (table.images == 6).all() and table.correct.between(0, 6).all()
+    measure_split([weights['bayes']], [0.25], 6, folder=folders[1], **how)
+    longer = read_folder(folders[1])
+    pd.testing.assert_frame_equal(longer[:4], table)
+    assert longer.sigma[4:].tolist() == [0.25] * 3
     with pytest.raises(ValueError, match='holds rows of seed'):
         measure_split([weights['bayes']], [0.5], 6, folder=folders[1], seed=1, **how)

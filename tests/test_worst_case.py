@@ -1,6 +1,7 @@
 "The strongest of several attacks for each image, and what lets attacks run on some of many images."
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -24,9 +25,10 @@ from genrobust.attacks import (
     square,
     zoo,
 )
+from genrobust.diagnosis import AttackCase
 from genrobust.ensembles import parameters_of
 from genrobust.evaluation import ensemble, worst_case
-from genrobust.models import BayesClassifier
+from genrobust.models import BayesClassifier, accuracy, predict
 
 DOUBLE = make_net().double()
 
@@ -216,6 +218,30 @@ def test_one_logit_is_a_model_of_two_classes():
     assert result.success.any()
     one = lambda x: two(x)[:, 1] - two(x)[:, 0]  # noqa: E731
     assert torch.equal(worst_case(one, x, eps=0.5, size='quick').success, result.success)
+    y = two(x).argmax(1)
+    assert 0 < y.float().mean() < 1 and accuracy(one, x, y) == accuracy(one, x, y.tolist()) == 1
+    assert torch.equal(predict(one, x).argmax(1), y)
+    for bad in (y[:, None], y[:1]):
+        with pytest.raises(ValueError, match='y must be integers'):
+            accuracy(one, x, bad)
+
+
+@pytest.mark.parametrize(('dtype', 'width'), [(torch.float32, 255.0), (torch.bfloat16, 1.0)])
+def test_checks_count_what_rounding_moved_to_the_border_of_the_ball(dtype, width):
+    torch.manual_seed(0)
+    net = make_net(classes=4).to(dtype)
+    x = (many() * width).to(dtype)
+    y, bounds = net(x).argmax(1), (0, width)
+    found = {}
+    for eps in (0.1 * width, 0.5 * width):
+        result = apgd(net, x, y, p=2, eps=eps, bounds=bounds)
+        best = worst_case(net, x, y, p=2, eps=eps, bounds=bounds, attacks=[apgd])
+        nothing = replace(best, success=torch.zeros_like(best.success))
+        case = AttackCase(net, nothing, 2, eps, bounds)
+        again = case.attack(apgd, torch.arange(len(case)))
+        found[eps] = again.sum()
+        assert result.success.sum() == best.success.sum() == again.sum()
+    assert found[0.5 * width] > 0
 
 
 def test_shared_parameters_reach_every_attack():

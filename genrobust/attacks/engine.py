@@ -129,8 +129,10 @@ class Recorder:
 
 # %% ../../nbs/22_engine.ipynb #22-021s1
 class AttackState:
-    """A batch under attack, all classified correctly, by a deterministic model; `i` `[b]` names
-    images of it."""
+    """A batch under attack, all classified correctly, by a deterministic model.
+
+    In its methods, and wherever an attack is written, `i` `[b]` says which images of the batch are
+    meant, `x` `[b,...]` are points, one for each of them, and `logits` `[b,C]` the model's there."""
 
     def __init__(
         self,
@@ -148,7 +150,8 @@ class AttackState:
         self.levels = Levels(*self.bounds)  # of 8 bits
         if self.mask is not None:  # what may not change is what it is
             self.bounds = tuple(torch.where(self.mask, bound, self.x) for bound in self.bounds)
-        self.seed, self.kappa, self.uses = seed, 0.0, torch.zeros_like(self.numbers)
+        self.seed, self.uses = seed, torch.zeros_like(self.numbers)
+        self.kappa = 0.0  # margin to reach beyond the decision boundary
         shape, device = (2, len(self.x)), self.x.device
         self.forwards, self.backwards = torch.zeros(shape, dtype=torch.long, device=device)
         self.partial = torch.zeros(shape, dtype=torch.long, device=device)  # single classes
@@ -177,13 +180,11 @@ class AttackState:
         self,
         x: Tensor,  # Points of images `i`: `[b,...]`, or `n` for each `[b,n,...]`
         i: Tensor | None = None,  # Default: all images
-        pick: Callable | None = None,  # From tensors like `x[i]` to pixels of which `x` consists
     ) -> Tensor:
         "Into the bounds."
         low, high = self.bounds_of(i)
-        if isinstance(low, Tensor) and (pick or x.ndim > low.ndim):
-            pick = pick or (lambda bound: bound[:, None])
-            low, high = pick(low), pick(high)
+        if isinstance(low, Tensor) and x.ndim > low.ndim:
+            low, high = low[:, None], high[:, None]
         return x.clamp(low, high)
 
     @property
@@ -226,13 +227,18 @@ class AttackState:
         success = prediction != self.y[i] if self.target is None else prediction == self.target[i]
         return success & logits.isfinite().all(1)
 
-    def is_beyond(self, logits: Tensor, i: Tensor, kappa: float = 0) -> Tensor:
-        "Bool `[b]`: `kappa` beyond the decision boundary, by more than rounding could make of it."
-        return self.margin(logits, i) < -kappa - rounding_tolerance(logits)
+    def is_success(self, logits: Tensor, i: Tensor) -> Tensor:
+        "Bool `[b]`: adversarial, and `kappa` beyond the decision boundary."
+        return self.is_adversarial(logits, i) & (self.margin(logits, i) <= -self.kappa)
 
-    def margin_target(self, logits: Tensor, i: Tensor, kappa: float = 0) -> Tensor:
+    def is_beyond(self, logits: Tensor, i: Tensor) -> Tensor:
+        "Bool `[b]`: `kappa` beyond the decision boundary, by more than rounding could make of it."
+        return self.margin(logits, i) < -self.kappa - rounding_tolerance(logits)
+
+    def margin_target(self, logits: Tensor, i: Tensor) -> Tensor:
         "How far the margin has to fall to be safely `kappa` beyond the decision boundary, `[b]`."
-        return self.margin(logits, i) + kappa + 2 * rounding_tolerance(logits).to(self.x.dtype)
+        tolerance = 2 * rounding_tolerance(logits).to(self.x.dtype)
+        return self.margin(logits, i) + self.kappa + tolerance
 
     def _spend(self, x, logits, i, forwards, backwards):
         "Count passes, and keep what was evaluated last"
@@ -418,15 +424,15 @@ class BestMargin:
 
 # %% ../../nbs/22_engine.ipynb #22-025
 class BestNorm:
-    "The evaluated point nearest to each image in the `p`-norm, `kappa` beyond the boundary"
+    "The evaluated point nearest to each image in the `p`-norm, `state.kappa` beyond the boundary"
 
-    def __init__(self, state: AttackState, p: float = 2, kappa: float = 0):
-        self.state, self.p, self.x, state.kappa = state, p, state.x.clone(), kappa
+    def __init__(self, state: AttackState, p: float = 2):
+        self.state, self.p, self.x = state, p, state.x.clone()
         self.norm = torch.full_like(state.x.flatten(1)[:, 0], torch.inf)
 
     def update(self, x: Tensor, logits: Tensor, i: Tensor) -> Tensor:
         "Keep `x` where it is the nearest so far; bool `[b]`: where it is beyond the boundary."
-        return self.keep(x, self.state.is_beyond(logits, i, self.state.kappa), i)
+        return self.keep(x, self.state.is_beyond(logits, i), i)
 
     def keep(self, x: Tensor, success: Tensor, i: Tensor) -> Tensor:
         "The same, for whoever has judged `success` already."
@@ -522,8 +528,6 @@ def _settings(settings, options, bounds, mask, logits_of):
         numbers = [as_json(torch.as_tensor(bound)) for bound in bounds]
     if mask is not None:
         other['mask'] = as_json(torch.as_tensor(mask))
-    if options.draws > 1:
-        other['draws'] = options.draws
     if logits_of is not None:
         other['logits_of'] = getattr(logits_of, '__name__', type(logits_of).__name__)
     if options.quantized:
@@ -550,6 +554,8 @@ def _deterministic(model, options):
         noise = dict(noise_seed=seed)
     if draws > 1 and not can_average and (noise or not can_be_fixed(model)):
         found, noise = EOT(model, draws), {}
+    if draws > 1 and found is not model:
+        noise['draws'] = draws
     cost = (1 if found is model else draws) * (model.draws if isinstance(model, EOT) else 1)
     if hasattr(found, 'noise_settings'):
         noise['noise'] = found.noise_settings
@@ -707,7 +713,7 @@ def _judge(state, found, minimum_norm, options):
     first, size = state.start.logits, state.margin(state.start.logits, state.all).abs()
     i = (success & (rounding_tolerance(first) > size / 50)).nonzero().squeeze(1)
     if len(i) and not options.quantized:
-        found[i], logits[i] = _search_back(state, found[i], i)
+        found[i], logits[i] = _bisect_to_boundary(state, found[i], i)
     return found, logits.argmax(1).where(success, state.y), success
 
 # %% ../../nbs/22_engine.ipynb #22-109q
@@ -725,7 +731,7 @@ def _on_levels(state, found, i, scale, options):
     step = (scale * step).round() if scale else (step + step.sign() / 1000).trunc()
     if eps is not None and p == torch.inf:
         most = (state.own(eps, i) * (255 / (high - low)) + 1e-3) // 1
-        step = torch.minimum(torch.maximum(step, -most + 0 * step), most + 0 * step)
+        step = step.clamp(-most, most)
     point = levels.value((k + step).clamp(0, 255)).to(x.dtype)
     if eps is None or p == torch.inf:
         return point, torch.ones_like(i, dtype=torch.bool)
@@ -738,10 +744,7 @@ def _quantize(state, found, options):
     """The points on the levels: of smallest norm, among multiples of the perturbation, that are
     successes; for what is none, as much of the perturbation as lies on levels"""
 
-    def succeeds(logits, i):
-        return state.is_adversarial(logits, i) & (state.margin(logits, i) <= -state.kappa)
-
-    x_adv, hopeful = state.x.clone(), succeeds(state.last_logits, state.all)
+    x_adv, hopeful = state.x.clone(), state.is_success(state.last_logits, state.all)
     i = (found != state.x).flatten(1).any(1).nonzero().squeeze(1)
     for scale in _SCALES:
         point, allowed = _on_levels(state, found, i, scale, options)
@@ -750,13 +753,13 @@ def _quantize(state, found, options):
         i, point = i[allowed], point[allowed]
         if not len(i):
             break
-        success = succeeds(state.logits(point, i), i)
+        success = state.is_success(state.logits(point, i), i)
         x_adv[i[success]] = point[success]
         i = i[~success & hopeful[i]]
     return x_adv
 
 # %% ../../nbs/22_engine.ipynb #22-109s1
-def _search_back(state, x_adv, i):
+def _bisect_to_boundary(state, x_adv, i):
     """Between images `i` and their adversarial examples `[b,...]`, by bisection, the nearest points
     at which the prediction changes, and the logits there"""
     x, nearest, logits = state.x[i], x_adv, state.logits(x_adv, i)
@@ -767,8 +770,7 @@ def _search_back(state, x_adv, i):
         middle = (low + high) / 2
         point = (x + per_image(middle, x) * (x_adv.to(wide) - x)).to(x.dtype)
         there = state.logits(point, i)
-        changed = state.is_adversarial(there, i) & (state.margin(there, i) <= -state.kappa)
-        changed &= (point != x).flatten(1).any(1)
+        changed = state.is_success(there, i) & (point != x).flatten(1).any(1)
         low, high = torch.where(changed, low, middle), torch.where(changed, middle, high)
         nearest = torch.where(per_image(changed, x), point, nearest)
         logits = torch.where(changed[:, None], there, logits)

@@ -445,12 +445,13 @@ def is_training(
 
 def check_model(
     model: Callable,  # Images to logits
-    allow_training: bool = False,  # Accept a model in training mode
+    # Accept a model in training mode; None: no, and the caller has no such parameter
+    allow_training: bool | None = None,
 ) -> None:
     "Raise a `ValueError` unless a model can be called, and is in evaluation mode in all its parts."
     if not callable(model):
         text = 'model must be a module or function from images to logits'
         raise ValueError(f'{text}, found {model!r}')
     text = 'the model is in training mode, or a part of it is: call model.eval() first'
-    is_right = allow_training or not is_training(model)
-    require(is_right, f'{text}, or pass allow_training=True')
+    text += '' if allow_training is None else ', or pass allow_training=True'
+    require(allow_training or not is_training(model), text)

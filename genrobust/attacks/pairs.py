@@ -39,7 +39,7 @@ class PairMargin:
     def _pairs(self, logits, i):
         return torch.cat(self.state.rivals(logits, i, 1), 1)
 
-    def look(self, x: Tensor, i: Tensor) -> None:
+    def choose_pairs(self, x: Tensor, i: Tensor) -> None:
         "Choose pairs anew at points `x` `[b,...]` of images `i`, for one forward pass."
         if self.is_partial and self.is_chosen:
             self.classes[i] = self._pairs(self.state.logits(x, i), i)
@@ -74,7 +74,7 @@ class PairMargin:
         if not self.is_partial:
             return state.gradient(objective, x, i)
         if self.calls and self.calls % self.refresh == 0:
-            self.look(x, i)
+            self.choose_pairs(x, i)
         self.calls += 1
         logits, g = self._of_pairs(objective, x, i, self.classes[i])
         if state.target is not None:

@@ -26,7 +26,12 @@ class Adam:
     or better, where 0.999 is not 1.
     """
 
-    def __init__(self, x: Tensor, beta1: float = 0.9, beta2: float = 0.999):
+    def __init__(
+        self,
+        x: Tensor,  # `[N,...]`, of as many coordinates, on this device
+        beta1: float = 0.9,  # Decay of the mean of gradients, a step
+        beta2: float = 0.999,  # Of the mean of their squares
+    ):
         dtype = torch.promote_types(x.dtype, torch.float32)
         self.m, self.v, self.t = x.new_zeros(3, len(x), x[0].numel(), dtype=dtype)
         self.betas = beta1, beta2
@@ -50,7 +55,7 @@ def _descend(best, start, steps, gradient, evaluate):
     least, since = torch.full_like(c, torch.inf), torch.zeros_like(c)
 
     def penalty(logits, i):
-        return c[i] * state.margin_target(logits, i, state.kappa).clamp_min(0)
+        return c[i] * state.margin_target(logits, i).clamp_min(0)
 
     for t in range(steps):
         delta = (x - state.x).flatten(1)
@@ -82,13 +87,12 @@ def minimise(
     # Images `[B,...]`, weights c `[B]` and learning rates in units of a pixel `[B]` to start from
     start: tuple[Tensor, Tensor, Tensor],
     *,
-    kappa: float,  # Confidence: margin to reach beyond the boundary, in units of a logit
     binary_search_steps: int,  # Values of c
     steps: int,  # Gradient steps for each
 ) -> Tensor:  # The nearest adversarial examples `[B,...]`, the images themselves where none is
     "Minimise squared norm and penalty, by binary search over c (Carlini-Wagner, section VI.A)."
     x, c, lr = start
-    best = BestNorm(state, kappa=kappa)
+    best = BestNorm(state)
     low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
     for _ in range(binary_search_steps):
         success = _descend(best, (x, c, lr), steps, gradient, evaluate)
@@ -124,10 +128,10 @@ def linear_scale(
     )
 
 # %% ../../nbs/06_carlini_wagner.ipynb #06-020a
-def _start(state, kappa, c, lr):
+def _start(state, c, lr):
     "On the nearest of the nine strongest classes' boundaries, or the target's, if they were flat"
     logits, f, grad_f = state.logit_differences(state.x, state.all, most=9)
-    gaps = (kappa + 2 * rounding_tolerance(logits)[:, None] - f).to(grad_f.dtype)
+    gaps = (state.kappa + 2 * rounding_tolerance(logits)[:, None] - f).to(grad_f.dtype)
     steps, distances = bounded_step(state.x, gaps, grad_f, 2, state.bounds)
     distance, nearest = distances.min(1)
     exists = per_image(distance.isfinite(), state.x)
@@ -161,15 +165,16 @@ def carlini_wagner(
     check_counts(steps=steps)
 
     def solve(state):
+        state.kappa = kappa
         pairs = PairMargin(state)
 
         def gradient(f, x, i):
             logits, g = pairs.gradient(f, x[i], i)
             return logits, g.flatten(1), (i,)
 
-        start = _start(state, kappa, c, lr)
-        pairs.look(start[0], state.all)
-        search = dict(kappa=kappa, binary_search_steps=binary_search_steps, steps=steps)
+        start = _start(state, c, lr)
+        pairs.choose_pairs(start[0], state.all)
+        search = dict(binary_search_steps=binary_search_steps, steps=steps)
         return minimise(state, gradient, state.logits, start, **search)
 
     return solve

@@ -109,15 +109,15 @@ def search_back(
         return
     x, far = state.x[i], best.x[i].clone()
     low, high = torch.zeros_like(best.norm[i]), torch.ones_like(best.norm[i])
-    before = state.margin_target(state.start.logits[i], i, state.kappa)
-    behind = state.margin_target(state.logits(far, i), i, state.kappa)
+    before = state.margin_target(state.start.logits[i], i)
+    behind = state.margin_target(state.logits(far, i), i)
     for _ in range(steps):
         share = (before / (before - behind)).nan_to_num(0.5).clamp(0.1, 0.98)
         middle = low + share * (high - low)
         point = x + per_image(middle, x) * (far - x)
         logits = state.logits(point, i)
         is_beyond = best.update(point, logits, i)
-        value = state.margin_target(logits, i, state.kappa)
+        value = state.margin_target(logits, i)
         low, high = torch.where(is_beyond, low, middle), torch.where(is_beyond, middle, high)
         before = torch.where(is_beyond, before, value)
         behind = torch.where(is_beyond, value, behind)

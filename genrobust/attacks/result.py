@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['other_logits', 'margin', 'is_misclassified', 'log_odds', 'rounding_tolerance', 'norm', 'norm_name', 'within_reach',
-           'require', 'per_image', 'Trace', 'AttackResult']
+           'perturbation_norm', 'require', 'per_image', 'Trace', 'AttackResult']
 
 # %% ../../nbs/20_result.ipynb #20-005
 import json
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..files import load_tensors, save_tensors
+from ..numerics import widest
 
 # %% ../../nbs/20_result.ipynb #20-008
 def other_logits(
@@ -85,6 +86,20 @@ def within_reach(
 ) -> Tensor:  # Points of which none is farther, in the numbers' own type
     "Points that `centre + eps` rounded up moved one number towards the centre."
     return torch.where((x - centre).abs() > eps, x.nextafter(centre), x)
+
+# %% ../../nbs/20_result.ipynb #20-109c
+def perturbation_norm(
+    x: Tensor,  # Images `[N,...]`
+    x_adv: Tensor,  # Points of the same shape
+    p: float,  # 1 or more; may be inf
+) -> tuple[Tensor, Tensor]:  # Each `[N]`, of the `widest` type
+    "Norms of the perturbations, and what rounding may add to that of a point within a ball."
+    wide = torch.promote_types(x.dtype, torch.float32)
+    delta = x_adv.to(wide) - x.to(wide)
+    size = norm(delta, p).to(widest(delta))
+    largest = x_adv.abs().amax().to(size) * max(1, delta[0].numel() ** (1 / p - 1 / 2))
+    units = 1 if p == math.inf else 4
+    return size, units * torch.finfo(x.dtype).eps * (size + largest)
 
 # %% ../../nbs/20_result.ipynb #20-006b
 def require(
@@ -308,8 +323,10 @@ class AttackResult:
         "One result from several of the same attack, in order."
         require(len(results) > 0, 'expected at least one result, found none')
         parts, settings = [r.tensors() for r in results], results[0].settings
-        alike = all(r.settings == settings for r in results) and len(set(map(tuple, parts))) == 1
-        require(alike, 'expected results of one attack with the same settings; found several')
+        kinds = [r.settings | dict(tensors=list(part)) for r, part in zip(results, parts)]
+        keys = {key for kind in kinds for key in kind if kind[key] != kinds[0].get(key)}
+        text = 'expected results of one attack with the same settings; they differ in'
+        require(not keys, f'{text} {", ".join(sorted(keys))}')
         names = [name for name in parts[0] if not name.startswith('trace_')]
         joined = {name: torch.cat([part[name] for part in parts]) for name in names}
         traces = [r.trace for r in results if r.trace is not None]

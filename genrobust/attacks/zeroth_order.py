@@ -65,13 +65,10 @@ class FiniteDifferences:
 
     def slopes(self, f: Callable, x: Tensor, i: Tensor, j: Tensor) -> Tensor:
         "Of `f(logits, i)` along pixels `j` `[len(i),n]` at `x[i]`, shaped like `j`."
-        flat, n = x[i].flatten(1), j.shape[1]
+        flat, n, bounds = x[i].flatten(1), j.shape[1], self.state.bounds_of(i)
         here = flat.gather(1, j)
-
-        def pick(pixels):
-            return pixels.flatten(1).gather(1, j)
-
-        up, down = (self.state.clip(here + h, i, pick) for h in (self.h, -self.h))
+        bounds = [b.flatten(1).gather(1, j) if isinstance(b, Tensor) else b for b in bounds]
+        up, down = ((here + h).clamp(*bounds) for h in (self.h, -self.h))
         points = flat[:, None].repeat(1, 2 * n, 1)
         points.scatter_(2, j.repeat(1, 2)[..., None], torch.cat([up, down], 1)[..., None])
         points = points.unflatten(2, x.shape[1:])
@@ -95,10 +92,10 @@ def check_difference(state: AttackState, h: float) -> None:
     require(h >= least, f'h must be at least {least:.2g}, or rounding swallows it, found {h}')
 
 
-def _start(state, differences, kappa, c, lr):
+def _start(state, differences, c, lr):
     "The images; weights and learning rates from the slopes in a few pixels"
     logits, g, _ = differences.gradient(state.margin, state.x, state.all)
-    gap = state.margin_target(logits, state.all, kappa)
+    gap = state.margin_target(logits, state.all)
     distance = gap / (state.n_free * g.square().mean(1)).sqrt()
     return state.x.clone(), *linear_scale(state, distance, gap, 2, c, lr)
 
@@ -141,12 +138,13 @@ def zoo(
     check_positive(h=h)
 
     def solve(state):
+        state.kappa = kappa
         check_difference(state, h)
         n = min(coordinates, int(torch.as_tensor(state.n_free).max()))
         steps = _steps(max_queries, repeats, n, binary_search_steps)
         differences = FiniteDifferences(state, h, n, importance, repeats)
-        start = _start(state, differences, kappa, c, lr)
-        search = dict(kappa=kappa, binary_search_steps=binary_search_steps, steps=steps)
+        start = _start(state, differences, c, lr)
+        search = dict(binary_search_steps=binary_search_steps, steps=steps)
         return minimise(state, differences.gradient, differences.evaluate, start, **search)
 
     return solve
