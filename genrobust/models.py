@@ -688,7 +688,7 @@ def predict(
     x: Tensor,  # `[N,1,28,28]`, on any device
     batch_size: int = 100,  # Images at a time
 ) -> Tensor:  # Logits `[N,C]`, on the device of `x`
-    """Logits of many images in batches, in full float32; of a model with one logit, 0 and that logit.
+    """Logits of many images in batches, in full float32; of a model with one logit, 0 and that.
     The model gets copies, which it may change."""
     device, parts = device_of(model, x), in_parts(model, x, batch_size)
     with no_tf32():

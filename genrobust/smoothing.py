@@ -288,10 +288,9 @@ def measure_split(
             encoded, taken = (x + on * sigma * noise for on in pair)
             with seeded(derive_seed('split latents', seed, sigma), device_of(model, x)):
                 found = predict_split(model, taken, encoded).argmax(1)
-            correct = int((found == y).sum())
-            row = about | dict(zip(keys, (sigma, *kinds))) | dict(correct=correct)
+            row = about | dict(zip(keys, (sigma, *kinds)), correct=int((found == y).sum()))
             rows = write_rows(file, rows, [row], exact=['sigma'])
-            say(f'{file.stem}, sigma {sigma:g}, {" ".join(kinds)}: {correct} of {len(x)}')
+            say(f'{file.stem}, sigma {sigma:g}, {" ".join(kinds)}: {row["correct"]} of {len(x)}')
     return folder
 
 # %% ../nbs/39_smoothing.ipynb #39-064

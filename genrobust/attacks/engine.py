@@ -132,7 +132,7 @@ class AttackState:
     """A batch under attack, all classified correctly, by a deterministic model.
 
     In its methods, and wherever an attack is written, `i` `[b]` says which images of the batch are
-    meant, `x` `[b,...]` are points, one for each of them, and `logits` `[b,C]` the model's there."""
+    meant, `x` `[b,...]` is a point for each of them, and `logits` `[b,C]` the model's there."""
 
     def __init__(
         self,
