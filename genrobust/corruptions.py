@@ -312,7 +312,8 @@ def measure_corruptions(
         file = None if folder is None else folder / f'{name}.csv'
         rows = read_rows(file, **about)
         wanted = [(latents, *pair) for pair in [('clean', 0), *asked]]
-        missing = [kind for kind in wanted if kind not in _kinds(rows)]
+        done = _kinds(rows)
+        missing = [kind for kind in wanted if kind not in done]
         for row in _measured(fix_latents(model, latents), images, missing, seed, batch_size):
             rows = write_rows(file, rows, [about | row])
         tables.append(rows[[kind in wanted for kind in _kinds(rows)]])
@@ -326,7 +327,7 @@ def shares_right(
     "The share of severities at which each image is classified correctly, by corruption."
     import pandas as pd
 
-    require(rows.latents.nunique() == 1, 'expected rows of one draw of latents')
+    require(rows.latents.nunique() == 1, 'expected rows, of one model and one draw of latents')
     shares = {}
     for name, of in rows.groupby('corruption', sort=False):
         digits = np.array([list(line) for line in of.predictions], dtype=int)

@@ -504,6 +504,8 @@ def transfer_matrix(
     import pandas as pd
 
     require(len(models) > 0, 'models must be a dict of models by name, found none')
+    for model in models.values():
+        check_model(model)
     views = {k: fix_latents(m, seed) for k, m in models.items()}
     how, rows = dict(p=p, eps=eps, seed=seed, bounds=bounds), []
     climb = partial(apgd, steps=steps, loss='margin')

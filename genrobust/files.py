@@ -242,7 +242,7 @@ _BLANK = b'0' * 32  # where a digest will stand
 def digest(
     tensors: dict[str, Tensor],  # Of any types and shapes
 ) -> str:  # 32 hexadecimal digits
-    "A hash of names and numbers, not of shapes and types: what weights are recognised by."
+    "A hash of names and bytes, not of shapes: what weights are recognised by."
     h = hashlib.blake2b(digest_size=16)
     for name, value in sorted(tensors.items()):
         numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8)

@@ -25,8 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks.autodiff import ask
-from .attacks.inputs import as_labels
 from .compat import renamed
 from .files import digest, load_tensors, save_tensors
 from .files import write_whole as write_whole
@@ -35,7 +33,15 @@ from .layers import ConcatLinear as ConcatLinear
 from .layers import DownConv as DownConv
 from .layers import LateBiasUpConv as LateBiasUpConv
 from .layers import UpConv as UpConv
-from .numerics import check_seed, device_of, in_parts, is_trusted, no_tf32, seeded
+from genrobust.numerics import (
+    both_logits,
+    check_seed,
+    device_of,
+    in_parts,
+    is_trusted,
+    no_tf32,
+    seeded,
+)
 
 # %% ../nbs/01_models.ipynb #01-008
 class Factorisation(NamedTuple):
@@ -692,7 +698,8 @@ def predict(
     The model gets copies, which it may change."""
     device, parts = device_of(model, x), in_parts(model, x, batch_size)
     with no_tf32():
-        return torch.cat([ask(model, part.to(device)).to(x.device) for part in parts])
+        logits = [both_logits(model(part.to(device, copy=True))) for part in parts]
+        return torch.cat([part.to(x.device) for part in logits])
 
 
 def accuracy(
@@ -702,8 +709,9 @@ def accuracy(
     batch_size: int = 100,  # Images at a time
 ) -> float:  # Between 0 and 1
     "Share of images that are classified correctly."
-    y = as_labels(y, len(x), x.device, 'y')
-    return (predict(model, x, batch_size).argmax(1) == y).float().mean().item()
+    if y.shape != x.shape[:1]:
+        raise ValueError(f'y must be labels [{len(x)}], found {list(y.shape)}')
+    return (predict(model, x, batch_size).argmax(1) == y.to(x.device)).float().mean().item()
 
 # %% ../nbs/01_models.ipynb #01-043
 __getattr__ = renamed(

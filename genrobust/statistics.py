@@ -28,18 +28,23 @@ def wilson(
     return max(centre - spread, 0.0), min(centre + spread, 1.0)
 
 # %% ../nbs/24_statistics.ipynb #24-022
-def _check_same_images(one, other):
-    "pandas would align values by their index, and leave out what only one of them has"
-    if not one.index.equals(other.index):
+def _of_same_images(one, other):
+    """Two Series of the same index: pandas would align values by it, and leave out what only one of
+    them has. A `ValueError` where their own differ"""
+    import pandas as pd
+
+    indices = [values.index for values in (one, other) if isinstance(values, pd.Series)]
+    if len(one) != len(other) or len(indices) == 2 and not indices[0].equals(indices[1]):
         raise ValueError('expected two values of each image, with the same index; found others')
+    return [pd.Series(np.asarray(values)) for values in (one, other)]
 
-
+# %% ../nbs/24_statistics.ipynb #24-022a
 def design_effect(
     hits: "'pd.Series'",  # One value in [0, 1] for each image
     cluster: "'pd.Series'",  # The cluster of each image, e.g. the seed of its latents
 ) -> float:  # 1 where it cannot be estimated: under two clusters, or a mean of 0 or 1
     "Variance of the mean of `hits`, estimated from clusters, over that of independent images."
-    _check_same_images(hits, cluster)
+    hits, cluster = _of_same_images(hits, cluster)
     n, clusters, p = len(hits), cluster.nunique(), hits.mean()
     if clusters < 2 or not 0 < p < 1:
         return 1.0
@@ -80,6 +85,8 @@ class Rate(NamedTuple):
         or for clusters of other images."""
         import pandas as pd
 
+        if cluster is not None:
+            hits, cluster = _of_same_images(hits, cluster)
         hits = pd.Series(np.asarray(hits, float))
         if not hits.between(0, 1).all():
             raise ValueError(
@@ -89,7 +96,7 @@ class Rate(NamedTuple):
         if cluster is None:
             low, high = wilson(hits.sum(), len(hits))
         else:
-            low, high = clustered(hits, pd.Series(np.asarray(cluster)))
+            low, high = clustered(hits, cluster)
         return cls(float(hits.mean()), float(low), float(high), len(hits))
 
     def __str__(self):
@@ -102,11 +109,9 @@ def mcnemar(
 ) -> tuple[int, int, float]:  # Images that only `one` keeps, that only `other` keeps; p-value
     """McNemar's exact test (1947) of two rates of the same images; a `ValueError` where their index
     differs."""
-    import pandas as pd
     from scipy.stats import binomtest
 
-    one, other = pd.Series(one), pd.Series(other)
-    _check_same_images(one, other)
+    one, other = _of_same_images(one, other)
     only_one = int((one & ~other).sum())
     only_other = int((other & ~one).sum())
     discordant = only_one + only_other

@@ -479,8 +479,11 @@ def test_a_trace_holds_every_evaluation(attack, tmp_path):
     again = AttackResult.load(tmp_path / 'a.safetensors')
     for values, others in zip(again.trace, trace):
         assert torch.equal(values.nan_to_num(9), others.nan_to_num(9))
-    with pytest.raises(ValueError, match='they differ in seed'):
-        AttackResult.cat([result, replace(result, settings=result.settings | dict(seed=7))])
+    for key in ('seed', 'only_here'):
+        other = replace(result, settings=result.settings | {key: 7})
+        for pair in ([result, other], [other, result]):
+            with pytest.raises(ValueError, match=f'they differ in {key}'):
+                AttackResult.cat(pair)
     both = AttackResult.cat([result, again.to('cpu')]).trace
     assert both.norm.shape == (12, trace.norm.shape[1])
     assert result.l2.isfinite().all() and small(attack, net, x, **own).trace is None

@@ -10,7 +10,7 @@ from genrobust.statistics import Rate, clustered, design_effect, mcnemar
 
 def test_values_of_other_images_are_refused_and_not_aligned():
     kept, lost = pd.Series([True] * 8), pd.Series([False] * 8)
-    assert mcnemar(kept, lost) == mcnemar(kept.to_numpy(), lost.to_numpy()) == (8, 0, 2 * 0.5**8)
+    assert mcnemar(kept, lost) == mcnemar(kept[::-1], lost.to_numpy()) == (8, 0, 2 * 0.5**8)
     seeds = pd.Series([0, 0, 0, 0, 1, 1, 1, 1])
     hits = seeds.astype(float)
     assert clustered(hits, seeds)[0] < 0.05 and design_effect(hits, seeds) > 1
@@ -20,6 +20,7 @@ def test_values_of_other_images_are_refused_and_not_aligned():
         (mcnemar, kept, lost[:7]),
         (clustered, hits, seeds.set_axis(range(8, 16))),
         (design_effect, hits, seeds[:7]),
+        (Rate.of, hits, seeds[::-1]),
     ):
         with pytest.raises(ValueError, match='two values of each image, with the same index'):
             measure(one, other)

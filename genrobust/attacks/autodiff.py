@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint as checkpoints
 
-from ..numerics import device_of, in_parts, no_tf32
+from ..numerics import both_logits, device_of, in_parts, no_tf32
 
 # %% ../../nbs/21_gradients.ipynb #21-009e
 class NoGradientError(ValueError):
@@ -50,11 +50,10 @@ def _describe(answer):
 # %% ../../nbs/21_gradients.ipynb #21-009ea
 def _as_logits(answer, n):
     "Logits `[n,C]` of an answer; one logit an image `[n]` or `[n,1]` is that of class 1 above 0"
-    if isinstance(answer, Tensor) and answer.is_floating_point() and len(answer.shape[:1]):
-        if answer.shape in [(n,), (n, 1)]:
-            return torch.stack([torch.zeros_like(answer.view(n)), answer.view(n)], 1)
-        if answer.ndim == 2 and len(answer) == n and answer.shape[1] >= 2:
-            return answer
+    if isinstance(answer, Tensor) and answer.is_floating_point() and answer.ndim in (1, 2):
+        logits = both_logits(answer)
+        if len(logits) == n and logits.shape[1] >= 2:
+            return logits
     text = f'the model must return float logits [B,C] with C >= 2, or [B]; for {n} images it'
     raise ValueError(f'{text} returned {_describe(answer)}')
 

@@ -97,7 +97,7 @@ def perturbation_norm(
     wide = torch.promote_types(x.dtype, torch.float32)
     delta = x_adv.to(wide) - x.to(wide)
     size = norm(delta, p).to(widest(delta))
-    largest = x_adv.abs().amax().to(size) * max(1, delta[0].numel() ** (1 / p - 1 / 2))
+    largest = norm(x_adv, math.inf).to(size) * max(1, x[:1].numel() ** (1 / p - 1 / 2))
     units = 1 if p == math.inf else 4
     return size, units * torch.finfo(x.dtype).eps * (size + largest)
 
@@ -324,7 +324,8 @@ class AttackResult:
         require(len(results) > 0, 'expected at least one result, found none')
         parts, settings = [r.tensors() for r in results], results[0].settings
         kinds = [r.settings | dict(tensors=list(part)) for r, part in zip(results, parts)]
-        keys = {key for kind in kinds for key in kind if kind[key] != kinds[0].get(key)}
+        first = kinds[0]
+        keys = {k for kind in kinds for k in kind | first if kind.get(k, ...) != first.get(k, ...)}
         text = 'expected results of one attack with the same settings; they differ in'
         require(not keys, f'{text} {", ".join(sorted(keys))}')
         names = [name for name in parts[0] if not name.startswith('trace_')]
