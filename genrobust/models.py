@@ -708,7 +708,7 @@ def accuracy(
     y: Tensor,  # Labels `[N]`
     batch_size: int = 100,  # Images at a time
 ) -> float:  # Between 0 and 1
-    "Share of images that are classified correctly."
+    "Share of images that are classified correctly; a `ValueError` for labels of another shape."
     if y.shape != x.shape[:1]:
         raise ValueError(f'y must be labels [{len(x)}], found {list(y.shape)}')
     return (predict(model, x, batch_size).argmax(1) == y.to(x.device)).float().mean().item()
