@@ -41,7 +41,7 @@ LEAST = dict(  # test accuracy
 
 @pytest.mark.parametrize('name', pretrained_names())
 def test_accuracy_is_what_the_metadata_says(name, request):
-    clf, n = load_pretrained(name, device='cpu'), 300
+    clf, n = load_pretrained(name, device='cpu'), 120
     said = clf.info['test_accuracy']
     splits = 'fashion' if clf.info['data'] == 'fashion_mnist' else 'mnist'
     x, y = request.getfixturevalue(splits).test.first(n)
