@@ -23,7 +23,7 @@ from genrobust.models import (
     logits_by_draw,
     predict,
 )
-from .numerics import derive_seed, device_of, fix_latents, seeded
+from .numerics import check_seed, derive_seed, device_of, fix_latents, seeded
 
 # %% ../nbs/11_adaptive.ipynb #11-005z
 __getattr__ = renamed(
@@ -220,7 +220,7 @@ def evasion_rate(
     )
     check_counts(draws=draws)
     device = device_of(detector.model, result.x_adv)
-    with seeded(derive_seed('evasion_rate', int(seed)), device):
+    with seeded(derive_seed('evasion_rate', check_seed(seed, low=-(2**63))), device):
         answers = torch.stack([detector(result.x_adv) for _ in range(draws)])
     has_evaded = (answers != result.y) & (answers != REJECTED)
     return torch.where(result.attacked, has_evaded.float().mean(0), torch.nan)

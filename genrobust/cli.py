@@ -327,15 +327,8 @@ def _check(attack, given, n_classes):
 # %% ../nbs/27_cli.ipynb #27-014b
 def _model(args, name):
     "The model, if its weights are for the data set"
-    clf = load_pretrained(name, args.device)
     class_names(args.data)  # an error for an unknown data set
-    made = clf.info.get('data', args.data)
-    if args.data not in ('synthetic', made):
-        raise ValueError(
-            f'the weights of {name} are not for {args.data}: they were trained on {made}; '
-            f'give others, trained by genrobust train --data {args.data}, or --data {made}'
-        )
-    return clf
+    return load_pretrained(name, args.device, args.data)
 
 
 def _images(args):
@@ -529,8 +522,8 @@ def _foreign(name, device):
     if path.suffix != '.py':
         raise ValueError(f'{file} is no .py file; a model is given as net.py:net')
     spec = spec_from_file_location(f'genrobust.cli.{path.stem}', path)
-    module = module_from_spec(spec)
-    sys.path.insert(0, str(path.resolve().parent))
+    module, folder, known = module_from_spec(spec), path.resolve().parent, set(sys.modules)
+    sys.path.insert(0, str(folder))
     sys.modules[spec.name] = module  # as data classes ask
     try:
         spec.loader.exec_module(module)
@@ -538,6 +531,10 @@ def _foreign(name, device):
         raise ValueError(f'{file} cannot be run: {type(e).__name__}: {e}') from e
     finally:
         sys.path.pop(0)
+        for own in sys.modules.keys() - known - {spec.name}:  # another file may name others so
+            source = getattr(sys.modules[own], '__file__', None)
+            if source and Path(source).is_relative_to(folder):
+                del sys.modules[own]
     model = getattr(module, attribute, None)
     if not callable(model) or isclass(model):
         kind = f'a {type(model).__name__}' if hasattr(module, attribute) else 'not there'

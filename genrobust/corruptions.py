@@ -24,7 +24,7 @@ from .data import Images, check_images
 from .detection import roc
 from .files import digest, read_folder, read_rows, writable, write_rows
 from .models import LOG_NORMALISER, load_models, predict
-from .numerics import check_seed, derive_seed, fix_latents
+from .numerics import check_seed, derive_seed, device_of, fix_latents, seeded
 from .statistics import holm, mcnemar, wilson
 
 # %% ../nbs/40_corruptions.ipynb #40-010
@@ -267,7 +267,9 @@ def _measured(model, images, kinds, seed, batch_size):
     clean = _answers(model, x, batch_size)[1] if kinds else None
     for latents, corruption, severity in kinds:
         changed = corrupt(x, corruption, severity, seed) if severity else x
-        predictions, log_px = _answers(model, changed, batch_size)
+        key = derive_seed('corruptions', latents, corruption, severity)
+        with seeded(key, device_of(model, x)):
+            predictions, log_px = _answers(model, changed, batch_size)
         has_density = not np.isnan(log_px).all()
         yield dict(
             latents=latents,
@@ -296,7 +298,10 @@ def measure_corruptions(
 
     `right` of `n` are classified correctly, `predictions` has a digit for each image, `l2` is the
     mean distance from the clean images, `log_px` the mean of log p(x), and `auroc` the area under
-    the ROC curve of a detector by a low log p(x). The first row is that of clean images."""
+    the ROC curve of a detector by a low log p(x). The first row is that of clean images.
+
+    A file is known by name and weights of the model and by the images: what else its answers depend
+    on belongs in its name."""
     import pandas as pd
 
     images, named = check_images(*images, source='images'), _named(models)
@@ -327,7 +332,8 @@ def shares_right(
     "The share of severities at which each image is classified correctly, by corruption."
     import pandas as pd
 
-    require(rows.latents.nunique() == 1, 'expected rows, of one model and one draw of latents')
+    kinds = rows[['model', 'latents']].drop_duplicates()
+    require(len(kinds) == 1, 'expected rows, of one model and one draw of latents')
     shares = {}
     for name, of in rows.groupby('corruption', sort=False):
         digits = np.array([list(line) for line in of.predictions], dtype=int)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EFFORTS', 'MODEL_CHECKS', 'ATTACK_CHECKS', 'Caution', 'Effort', 'effort_for', 'check', 'Seeded', 'ModelCase',
            'no_gradient', 'zero_gradient', 'undefined_gradient', 'gradient_mismatch', 'saturation', 'undefined_answers',
-           'probabilities', 'training_mode', 'answers_differ', 'random_answers', 'batch_dependence',
+           'probabilities', 'training_mode', 'depend_on_image', 'answers_differ', 'random_answers', 'batch_dependence',
            'inner_optimisation', 'image_bounds', 'normalisation', 'chance_accuracy', 'inspect_model', 'AttackCase',
            'diameter', 'small_radius', 'black_box_beats_white_box', 'surrogate', 'transfer_beats_white_box',
            'more_steps_help', 'unbounded_attack_fails', 'fgsm_beats_pgd', 'Readout', 'binary_problem',
@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from copy import deepcopy
+from dataclasses import replace
 from functools import cached_property, partial, wraps
 from inspect import signature
 from typing import NamedTuple
@@ -347,15 +348,23 @@ def training_mode(case: ModelCase) -> float:
     return sum(getattr(part, 'training', False) for part in case.model.modules())
 
 # %% ../nbs/34_diagnosis.ipynb #34-021
+def depend_on_image(
+    logits: Tensor,  # Of several images `[N,C]`
+) -> Tensor:  # Bool `[C]`
+    "Which logits do: those of classes that are masked, by -1e9 say, do not."
+    return logits.std(0, correction=0) > 1e-6 * logits.abs().amax(0)
+
+
 def _differ(one, other):
     """Largest difference of logits, but for what all classes share and for rounding, in units of
-    the largest, over half of the digits of their type"""
-    rounding = rounding_tolerance(one) + rounding_tolerance(other)
+    the largest that varies, over half of the digits of their type"""
+    digits, varies = torch.finfo(one.dtype).eps, depend_on_image(torch.cat([one, other]))
+    one, other = one * varies, other * varies
+    rounding = 8 * digits * (one.abs().amax(1) + other.abs().amax(1))
     one, other = (logits - logits.mean(1, keepdim=True) for logits in (one, other))
     scale = torch.maximum(one.abs().amax(), other.abs().amax()).clamp_min(1e-30)
-    excess = (one - other).abs() - rounding[:, None]
-    difference = (excess.amax() / scale).item()
-    return difference if difference > torch.finfo(one.dtype).eps ** 0.5 else 0.0
+    difference = (((one - other).abs() - rounding[:, None]).amax() / scale).item()
+    return difference if difference > digits**0.5 else 0.0
 
 
 @torch.no_grad()
@@ -363,7 +372,7 @@ def answers_differ(
     model: Callable,  # Images to logits
     x: Tensor,  # Images `[N,...]`
     seed: int = 0,  # Of torch's random numbers
-) -> float:  # In units of the largest logit; 0 within half of the digits of its type
+) -> float:  # In units of the largest logit that varies; 0 within half of the digits of its type
     """Largest difference between two answers to the same images; up to ten are compared with the
     first, since one coin may decide for a whole answer."""
     with no_tf32(), seeded(derive_seed('answers', seed), x.device):
@@ -525,7 +534,7 @@ class AttackCase(ModelCase):
     def __init__(
         self,
         model: Callable,  # That was attacked
-        result: AttackResult,  # Of the attacks, on all images
+        result: AttackResult,  # Of the attacks, on all images; none succeeds outside the ball
         p: float,  # Norm: 1, 2 or inf
         eps: float,  # Radius of the ball
         bounds: tuple = (0, 1),  # Of pixels
@@ -534,6 +543,8 @@ class AttackCase(ModelCase):
     ):
         check_choice((1, 2, math.inf), p=p)
         check_range(0, math.inf, eps=eps)
+        distance, slack = perturbation_norm(result.x, result.x_adv, p)
+        result = replace(result, success=result.success & (distance <= eps + slack))
         seed = result.settings.get('noise_seed', seed)
         super().__init__(model, result.x, result.y, bounds, seed, size)
         self.result, self.given_bounds = result, bounds
@@ -675,6 +686,8 @@ def surrogate(
     logits = case.ask(x).float()
     is_finite = logits.isfinite().all(1)
     logits, x = logits[is_finite], x[is_finite].float()
+    varies = depend_on_image(logits)
+    logits = logits.where(varies, logits[:, varies].amin() if varies.any() else 0)
     aim = logits - logits.mean(1, keepdim=True)
     aim = aim / aim.std().clamp_min(1e-12)
     with seeded(derive_seed('surrogate', case.seed), case.device), torch.enable_grad():

@@ -25,7 +25,7 @@ from .attacks.projection import fab
 from .attacks.result import AttackResult, perturbation_norm, require
 from .attacks.score_based import square
 from .attacks.sphere import ddn, fmn
-from .numerics import widest
+from .numerics import fix_latents, widest
 
 # %% ../nbs/17_worst_case.ipynb #17-020
 ENSEMBLES = 'quick', 'standard', 'thorough'
@@ -108,7 +108,8 @@ def worst_case(
 ) -> AttackResult:  # `found_by` `[N]`: which of `settings['attacks']`; -1 where none
     """The strongest of several attacks for each image: an upper bound of its robustness."""
     radius, chosen = _radii(eps, x), ensemble(p, eps, size)
-    chosen = chosen if attacks is None else _named(attacks)
+    chosen = chosen if attacks is None else _named(attacks, model)
+    eps = eps if eps is None else as_eps(eps, x)
     _check_shared(shared)
     settings = dict(attack='worst_case', p=p, eps=eps, attacks=list(chosen))
     best = run_attack(lambda state: state.x, model, x, y, settings=settings, **shared)
@@ -140,8 +141,10 @@ def _name(attack):
     return f'{_name(attack.func)}({", ".join(inner)})'
 
 # %% ../nbs/17_worst_case.ipynb #17-021s1
-def _named(attacks):
-    "Attacks by name; a `ValueError` for what is none"
+def _named(attacks, model):
+    "Attacks by name; a `ValueError` for what is none, and for one that meets another model or box"
+    taken = {'bounds', 'mask', 'draws', 'logits_of'}
+    taken |= {'seed'} if fix_latents(model) is not model else set()  # of its latents
     is_list = isinstance(attacks, Sequence) and not isinstance(attacks, str)
     require(
         is_list or isinstance(attacks, dict),
@@ -157,6 +160,8 @@ def _named(attacks):
         require(isinstance(name, str), f'attacks are named by text, found {name!r}')
         require(callable(attack), f'{name} is no attack: {attack!r}')
         require('target' not in _own(attack), f'{name} aims at a target: leave target out')
+        own = ', '.join(sorted(taken & _own(attack).keys()))
+        require(not own, f'{name} sets {own} of its own: give that to worst_case, for all attacks')
     return attacks
 
 # %% ../nbs/17_worst_case.ipynb #17-021s2

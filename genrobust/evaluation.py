@@ -68,6 +68,7 @@ from genrobust.diagnosis import (
     Caution,
     ModelCase,
     answers_differ,
+    depend_on_image,
     diameter,
     effort_for,
     no_gradient,
@@ -859,12 +860,18 @@ class _Parts:
             yield
 
 # %% ../nbs/19_evaluate.ipynb #19-052
+# What a model is known by besides its weights, and how exactly, in units of the largest number
+_KNOWN_BY = dict(answers=1e-3, gradients=0.05)
+
+
+def _close(name, a, b):
+    within = _KNOWN_BY[name] * np.abs(a).max()
+    return len(a) == len(b) and bool((np.abs(np.subtract(a, b)) <= within).all())
+
+
 def _differs(name, one, other):
-    "Whether a setting does; logits are compared to three digits of the largest"
     a, b = one.get(name), other.get(name)
-    if name != 'answers' or not a or not b:
-        return a != b
-    return len(a) != len(b) or not np.allclose(a, b, rtol=0, atol=1e-3 * np.abs(a).max())
+    return not _close(name, a, b) if name in _KNOWN_BY and a and b else a != b
 
 
 def _claim_folder(
@@ -884,7 +891,7 @@ def _claim_folder(
             raise ValueError(f'{file} is corrupt ({e}): name another folder') from e
         if not (folder / 'parts').exists():  # that another version may have left
             known['version'] = about['version']
-        known.setdefault('answers', about['answers'])  # which older files lack
+        known = {name: about[name] for name in _KNOWN_BY} | known  # which older files lack
         other = sorted(k for k in about.keys() | known.keys() if _differs(k, about, known))
         text = f'{folder} belongs to another evaluation, of other {", ".join(other)}'
         require(not other, f'{text}: name another folder')
@@ -949,7 +956,7 @@ def _about(subject, model, jobs):
     return dict(
         model=str(name),
         weights=digest(weights) if is_plain else None,
-        answers=_some_answers(s),
+        **_known_by(s),
         images=digest(dict(x=s.x, y=s.y)),
         p=s.p,
         eps=s.radii,
@@ -962,22 +969,36 @@ def _about(subject, model, jobs):
     )
 
 # %% ../nbs/19_evaluate.ipynb #19-071s2
-@torch.no_grad()
-def _some_answers(subject):
-    """Of a few images, clean and with noise, one number made of the logits of all classes: what a
-    model is known by besides its weights; None where its answers cannot be repeated"""
-    s, x, found = subject, subject.x[:8], []
+def _known_by(subject):
+    """Of a few images, clean and with noise, one number made of the logits of all classes, and of
+    the clean ones one made of their gradient; None for what is not the same again"""
+    s, x = subject, subject.x[:8]
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(x.shape, generator=generator).to(x) * s.x.amax()
-    x = torch.cat([x, x.lerp(noise, 0.1), x.lerp(noise, 0.5)])
-    for _ in range(2):
+    noisy = torch.cat([x, x.lerp(noise, 0.1), x.lerp(noise, 0.5)])
+
+    def numbers():
         with no_tf32(), seeded(derive_seed('known', s.seed), s.x.device):
-            found.append(ask_in_parts(s.fixed(0), x, s.batch_size or 256).cpu().double())
-    if not torch.allclose(*found, rtol=1e-3):
-        return None
-    logits = found[0] - found[0].mean(1, keepdim=True)
-    mixed = logits @ torch.randn(logits.shape[1], generator=generator).double()
-    return [float(f'{value:.6g}') for value in mixed.tolist()]
+            with torch.no_grad():
+                logits = ask_in_parts(s.fixed(0), noisy, s.batch_size or 256)
+            logits = logits * depend_on_image(logits)
+            mixed = lambda logits, i: logits @ torch.linspace(1, 2, logits.shape[1]).to(logits)
+            try:
+                i = torch.arange(len(x), device=x.device)
+                gradient = gradient_of(mixed, s.fixed(0), x, i)[1]
+            except NoGradientError:
+                return [logits]
+            return logits, gradient.flatten(1).nan_to_num()
+
+    found = dict.fromkeys(_KNOWN_BY)
+    for name, pair in zip(_KNOWN_BY, zip(numbers(), numbers())):
+        values = torch.stack(pair).cpu().double()
+        values -= values.mean(2, keepdim=True)
+        mixed = values @ torch.randn(values.shape[2], generator=generator).double()
+        one, other = mixed.tolist()
+        if _close(name, one, other):
+            found[name] = [float(f'{value:.6g}') for value in one]
+    return found
 
 # %% ../nbs/19_evaluate.ipynb #19-072
 def _seconds_of_checks(subject, rates):

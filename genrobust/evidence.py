@@ -758,6 +758,13 @@ def _measured(check, trial):
     return dict(row, size=trial.size, seconds=time.perf_counter() - begun)
 
 # %% ../nbs/41_checks.ipynb #41-056
+def _given(splits):
+    "Name and images of a data set; the default is Fashion-MNIST"
+    if splits is None:
+        return load_or_synthetic()
+    return f'given {digest(splits.test._asdict())[:8]}', splits
+
+
 def measure_checks(
     models: Sequence[str | Path],  # Names for `load_pretrained`, or paths of files
     folder: str | Path = 'results/checks',  # Gets a file `MODEL.csv` for each
@@ -771,14 +778,15 @@ def measure_checks(
     seed: int = 0,  # Of random numbers and latents
     say: Callable = print,  # Told what is done
 ) -> None:
-    "Run checks of models, one after another; what is in the files already is left out."
+    """Run checks of models, one after another; what is in the files already is left out, from
+    whatever `sources` it came."""
     check_choice(BUDGETS, size=size)
     named = {check.__name__: check for check in CHECKS}
     checks = list(named) if checks is None else checks
     for check in checks:
         check_choice(named, check=check)
     folder = writable(folder)
-    name, splits = ('given', splits) if splits is not None else load_or_synthetic()
+    name, splits = _given(splits)
     load = partial(load_pretrained, device=device)
     loaded = load_models(sources, load) if sources else {}
     for model, clf in load_models(models, load).items():
@@ -812,9 +820,9 @@ def measure_transfer(
     "The transfer matrix of models, in both norms; written again as a whole."
     check_counts(images=images)
     folder = writable(folder)
-    test = (load_or_synthetic()[1] if splits is None else splits).test
+    name, (_, _, test) = _given(splits)
     loaded, frames = load_models(models, partial(load_pretrained, device=device)), []
     for p, eps in balls:
         found = transfer_matrix(loaded, test.x[:images], test.y[:images], p=p, eps=eps, seed=seed)
-        frames.append(found.assign(norm=norm_name(p), eps=eps))
+        frames.append(found.assign(norm=norm_name(p), eps=eps, data=name))
     write_rows(folder / 'transfer.csv', *frames, exact=['eps'])

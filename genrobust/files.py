@@ -216,12 +216,14 @@ def grow_rows(
     exact: Sequence[str] = (),  # As for `write_rows`
     **about,  # As for `read_rows`
 ) -> None:
-    "Measure the images that a table does not hold yet, and write it after each part."
-    table = read_rows(file, **about)
-    for start in range(len(table), images, at_once):
-        begun, stop = time.perf_counter(), min(start + at_once, images)
-        table = write_rows(file, table, rows_of(start, stop), exact=exact)
-        say(f'{file.stem}: {stop} of {images} images, {time.perf_counter() - begun:.0f} s')
+    """Measure the images that a table does not hold yet, and write it after each part; of several
+    processes one does, and the others wait."""
+    for _ in claimed([file]):
+        table = read_rows(file, **about)
+        for start in range(len(table), images, at_once):
+            begun, stop = time.perf_counter(), min(start + at_once, images)
+            table = write_rows(file, table, rows_of(start, stop), exact=exact)
+            say(f'{file.stem}: {stop} of {images} images, {time.perf_counter() - begun:.0f} s')
 
 
 def read_folder(

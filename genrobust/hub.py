@@ -46,4 +46,9 @@ def from_hub(
     **how,  # As for `from_pretrained`: `revision`, `token`, `local_files_only`, ...
 ) -> Classifier:  # In eval mode, no parameter wants a gradient
     "Load a classifier from the Hugging Face Hub or from a folder; needs the extra `hub`."
-    return _hub_class().from_pretrained(name, **how).clf.eval().requires_grad_(False)
+    return (
+        _hub_class()
+        .from_pretrained(name, **(dict(strict=True) | how))
+        .clf.eval()
+        .requires_grad_(False)
+    )

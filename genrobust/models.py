@@ -232,7 +232,6 @@ class FactorNetworks(Classifier):
         )
         self.factors = FACTORISATIONS[name]
         self.latent = latent
-        self.n_samples = n_samples
         self.register_buffer('labels', torch.eye(n_classes), persistent=False)
         with seeded(seed, torch.get_default_device()):
             self._build(dict(y=n_classes, z=latent), hidden, dropout)
@@ -255,6 +254,16 @@ class FactorNetworks(Classifier):
         if y == 'xz':
             self.py_trunk = Encoder(*dense)
             self.py_head = Head([n_features, size['z']], size['y'], *dense)
+
+    @property
+    def n_samples(self) -> int:
+        "K, latents for each class in prediction: it may be set, and is saved with the model."
+        return self.config['n_samples']
+
+    @n_samples.setter
+    def n_samples(self, number: int) -> None:
+        _check_sizes(self.n_classes, 0, n_samples=number)
+        self.config = self.config | dict(n_samples=number)
 
     @property
     def has_density(self) -> bool:
@@ -614,8 +623,10 @@ def _build_for(tensors, config):
 def load_pretrained(
     name: str | Path,  # One of `pretrained_names()`, or the path of a file by `save_model`
     device: str | torch.device | None = None,  # Default: `pick_device()`
+    data: str | None = None,  # Name of the data set that it is to classify; default: any
 ) -> Classifier:  # In eval mode, no parameter wants a gradient; `.info` says how it was trained
-    "Load a trained model; a `ValueError` that names the file if it does not hold one."
+    """Load a trained model; a `ValueError` that names the file if it does not hold one, and for a
+    model that was trained on another data set."""
     path = Path(name)
     if path.suffix != '.safetensors':
         if str(name).lower() not in pretrained_names():
@@ -632,6 +643,12 @@ def load_pretrained(
         raise ValueError(
             f"{path} does not hold a model of genrobust's: {type(e).__name__}: {e}"
         ) from e
+    made = clf.info.get('data', data)
+    if data not in (None, 'synthetic', made):
+        raise ValueError(
+            f'the weights of {name} are not for {data}: they were trained on {made}; '
+            f'give others, trained by genrobust train --data {data}, or --data {made}'
+        )
     return clf.to(pick_device(device)).eval().requires_grad_(False)
 
 # %% ../nbs/01_models.ipynb #01-038e
@@ -671,6 +688,8 @@ def load_models(
         is_shared = stems[name.lower()] > 1 or name.lower() in pretrained_names()
         if is_shared and Path(model).suffix == '.safetensors':
             name = f'{name}-{weights[:8]}'
+        if name in named:
+            raise ValueError(f'two models of the same weights are called {name}: rename a file')
         named[name] = clf
     return named
 
@@ -683,8 +702,13 @@ def save_model(
     path: str | Path,  # Where to
     **info,  # What to remember of it: settings, history, accuracy
 ) -> None:
-    "Write weights in float16, with the configuration and `info`."
-    weights = {name: value.half() for name, value in clf.state_dict().items()}
+    """Write weights in float16, with the configuration and `info`; a `ValueError` where that is too
+    small for them."""
+    state = clf.state_dict()
+    weights = {name: value.half() for name, value in state.items()}
+    for name, value in weights.items():
+        if (value.isinf() & state[name].isfinite()).any():
+            raise ValueError(f'{name} holds numbers that are too large for float16')
     save_tensors(path, weights, config=clf.config, info=info)
 
 # %% ../nbs/01_models.ipynb #01-041

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 from numbers import Integral
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 # %% ../nbs/29_numerics.ipynb #29-008
 def _precision_switches():
     "Owner, name and full-precision value of PyTorch's switches, the old one and the new ones"
-    cudnn = torch.backends.cudnn
-    owners = [torch.backends, cudnn, torch.backends.cuda.matmul]
-    owners += [getattr(cudnn, name, None) for name in ('conv', 'rnn')]
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    owners = [torch.backends, cudnn, mkldnn, torch.backends.cuda.matmul]
+    parts = product((cudnn, mkldnn), ('conv', 'rnn', 'matmul'))
+    owners += [getattr(owner, name, None) for owner, name in parts]
     new = [owner for owner in owners if hasattr(owner, 'fp32_precision')]  # PyTorch 2.9 and later
     return [(cudnn, 'allow_tf32', False), *[(owner, 'fp32_precision', 'ieee') for owner in new]]
 

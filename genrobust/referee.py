@@ -416,8 +416,9 @@ def measure_optimality(
     check_counts(**given)
     check_range(1, N_VALID, images=images or 1)
     device, folder = pick_device(device), writable(out)
-    loaded = load_models(models or MODELS, partial(load_pretrained, device=device))
     data, splits = load_or_synthetic(root, say)
+    load = partial(load_pretrained, device=device, data=data)
+    loaded = load_models(models or MODELS, load)
     weights = {name: digest(clf.state_dict()) for name, clf in loaded.items()}
     _check_settings(folder, dict(data=data, weights=weights, machine=machine(device)))
     for name in [name for name in names if _version(name) is None]:

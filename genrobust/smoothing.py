@@ -34,7 +34,15 @@ from .attacks.sphere import ddn
 from .data import load
 from .files import digest, grow_rows, read_rows, writable, write_rows
 from .models import BayesClassifier, load_models, load_pretrained, predict
-from .numerics import batch_for, check_seed, derive_seed, device_of, fix_latents, seeded
+from genrobust.numerics import (
+    batch_for,
+    both_logits,
+    check_seed,
+    derive_seed,
+    device_of,
+    fix_latents,
+    seeded,
+)
 from .statistics import wilson
 
 # %% ../nbs/39_smoothing.ipynb #39-020
@@ -192,7 +200,8 @@ def _measure(measure_part, models, sigmas, images, folder, where, **about):
     "A file for each model and sigma, which grows by 5 images at a time"
     folder, test = writable(folder), load(about['data'], where['root']).test
     check_range(1, len(test.x), images=images)
-    named = load_models(models, partial(load_pretrained, device=where['device']))
+    load_model = partial(load_pretrained, device=where['device'], data=about['data'])
+    named = load_models(models, load_model)
     for (label, model), sigma in product(named.items(), map(float, sigmas)):
         check_positive(sigma=sigma)
         weights = digest(model.state_dict())[:12]
@@ -275,7 +284,8 @@ def measure_split(
     key = Keys(derive_seed('split', check_seed(seed)), torch.arange(len(x)), torch.tensor(0))
     noise, pairs = normal(key, *x.shape[1:]), [(1, 0), (0, 1), (1, 1)]
     keys = ['sigma', 'encoder', 'densities']
-    for label, model in load_models(models, partial(load_pretrained, device=device)).items():
+    load_model = partial(load_pretrained, device=device, data=data)
+    for label, model in load_models(models, load_model).items():
         file = folder / f'{label}.csv'
         about = dict(data=data, model=label, weights=digest(model.state_dict())[:12])
         about |= dict(images=len(x), seed=seed)
@@ -323,7 +333,7 @@ class Smoothed(Wrapped):
         uses = torch.arange(self.draws, device=x.device)
         keys = Keys(derive_seed('smoothed', self.seed), torch.zeros_like(uses), uses)
         noise = normal(keys, *x.shape[1:]).to(x.dtype)
-        logits = self.model((x[:, None] + self.sigma * noise).flatten(0, 1))
+        logits = both_logits(self.model((x[:, None] + self.sigma * noise).flatten(0, 1)))
         log_p = logits.log_softmax(1).unflatten(0, (len(x), self.draws))
         return log_p.logsumexp(1) - math.log(self.draws)
 

@@ -43,8 +43,11 @@ def design_effect(
     hits: "'pd.Series'",  # One value in [0, 1] for each image
     cluster: "'pd.Series'",  # The cluster of each image, e.g. the seed of its latents
 ) -> float:  # 1 where it cannot be estimated: under two clusters, or a mean of 0 or 1
-    "Variance of the mean of `hits`, estimated from clusters, over that of independent images."
+    """Variance of the mean of `hits`, estimated from clusters, over that of independent images; a
+    `ValueError` where an image has no cluster."""
     hits, cluster = _of_same_images(hits, cluster)
+    if cluster.isna().any():
+        raise ValueError(f'expected a cluster of each image, found none for {cluster.isna().sum()}')
     n, clusters, p = len(hits), cluster.nunique(), hits.mean()
     if clusters < 2 or not 0 < p < 1:
         return 1.0
@@ -108,10 +111,13 @@ def mcnemar(
     other: "'pd.Series'",  # The same images, under another model or attack
 ) -> tuple[int, int, float]:  # Images that only `one` keeps, that only `other` keeps; p-value
     """McNemar's exact test (1947) of two rates of the same images; a `ValueError` where their index
-    differs."""
+    differs, and for what is neither true nor false."""
     from scipy.stats import binomtest
 
-    one, other = _of_same_images(one, other)
+    pair = _of_same_images(one, other)
+    if not all(kept.isin((0, 1)).all() for kept in pair):
+        raise ValueError('expected whether each image is kept, true or false; found other values')
+    one, other = (kept.astype(bool) for kept in pair)
     only_one = int((one & ~other).sum())
     only_other = int((other & ~one).sum())
     discordant = only_one + only_other

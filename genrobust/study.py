@@ -384,6 +384,7 @@ def run(
     models, attacks = as_list(models, 'models'), _chosen(attacks, name, preset)
     folder = _folder(out or f'results/{name}')
     data, splits = _data(data, root, preset, attacks, say)
+    _check_data(folder, data)
     start = time.perf_counter()
 
     def tell(what):
@@ -392,13 +393,19 @@ def run(
     def load_model(model):
         if data == 'synthetic':
             return _train_briefly(model, splits, device, progress)
-        return load_pretrained(model, device)
+        return load_pretrained(model, device, data)
 
     with processes() as (rank, _):
         device = pick_device(device)
         if data == 'synthetic':
             tell(f'training {len(models)} models on synthetic images')
-        study = Study(folder, name, preset, attacks, data, splits, load_models(models, load_model))
+        clfs = load_models(models, load_model)
+        if len(clfs) < len(models):
+            left_out = len(models) - len(clfs)
+            tell(
+                f'{left_out} of {len(models)} models left out: they are the same as others of them'
+            )
+        study = Study(folder, name, preset, attacks, data, splits, clfs)
         study.measure(_machine(device), progress, tell)
     if rank:
         return None
@@ -457,6 +464,17 @@ def _folder(out):
     return folder
 
 # %% ../nbs/25_study.ipynb #25-028b
+def _check_data(folder, data):
+    "A `ValueError` where the folder holds a study of another data set"
+    try:
+        about = dict(json.loads((folder / 'settings.json').read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError):  # there is none, or a damaged one
+        return
+    found = about.get('data', data)
+    if found != data:
+        raise ValueError(f'{folder} holds a study of {found}, not of {data}: take another folder')
+
+
 def _data(data, root, preset, attacks, say):
     "Name and images of the data set; a `ValueError` if there are too few"
     if data not in ('fashion_mnist', 'synthetic'):

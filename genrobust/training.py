@@ -17,6 +17,7 @@ from functools import partial
 from itertools import repeat
 from numbers import Integral, Real
 from pathlib import Path
+from types import FunctionType
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,8 @@ class WeightAverage(AveragedModel):
         "Move the averages towards the weights: all the way at the first step."
         own, weights = (list(m.parameters()) for m in (self.module, model))
         torch._foreach_lerp_(own, weights, 10 / (self.n_averaged.item() + 10))
+        for kept, value in zip(self.module.buffers(), model.buffers()):  # of batch norm
+            kept.copy_(value)
         self.n_averaged += 1
 
 
@@ -191,6 +194,13 @@ def _describe(adversary):
     if isinstance(adversary, partial):
         return f'{_describe(adversary.func)}{adversary.args or ""}{adversary.keywords}'
     return adversary and getattr(adversary, '__qualname__', type(adversary).__qualname__)
+
+
+def _is_known(adversary):
+    "Whether its description tells it from others: not that of a lambda, a closure or an object"
+    if isinstance(adversary, partial):
+        return _is_known(adversary.func)
+    return isinstance(adversary, FunctionType) and '<' not in adversary.__qualname__
 
 
 def _previous(path):
@@ -371,13 +381,18 @@ def fit(
     During the warm-up `train_bound` is no bound. `ValueError` if a loss is not finite."""
     _check_arguments(epochs, lr, batch_size, seed, patience, warmup)
     path = _check_checkpoint(checkpoint) if checkpoint else None
+    if path and adversary and not _is_known(adversary):
+        text = 'a function at the top of a module, or a functools.partial of one'
+        raise ValueError(f'beside a checkpoint an adversary must be {text}, so that it is known')
     device = pick_device(device)
     check_images(*train, n_classes=model.n_classes, source='training images')
     check_images(*valid, n_classes=model.n_classes, source='validation images')
     settings = dict(lr=float(lr), batch_size=int(batch_size), seed=int(seed), warmup=int(warmup))
     settings |= dict(amp=bool(amp), adversary=_describe(adversary), data=_fingerprint(train, valid))
     train, valid = (Images(images.x.to(device), images.y.to(device)) for images in (train, valid))
-    run = _Run(model.to(device).requires_grad_(True), settings, adversary, graphs)
+    if not any(p.requires_grad for p in model.parameters()):  # as of a model that was loaded
+        model.requires_grad_(True)
+    run = _Run(model.to(device), settings, adversary, graphs)
     if path and path.exists():
         run.resume(path)
     if len(run.history) > epochs:

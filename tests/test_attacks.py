@@ -701,3 +701,33 @@ def test_a_changed_bit_of_a_result_is_noticed_and_equal_results_have_equal_files
         path.write_bytes(changed)
         with pytest.raises(ValueError, match='a.safetensors is not an attack result'):
             AttackResult.load(path)
+
+
+@every_attack
+def test_a_masked_class_changes_nothing(attack):
+    "A logit of -1e9, as of a head that is not used"
+    model, x = elsewhere()
+    masked = lambda x: torch.cat([model(x), torch.full_like(model(x)[:, :1], -1e9)], 1)  # noqa: E731
+    one, other = (attack_small(attack, net, x, bounds=(-1, 1)) for net in (model, masked))
+    assert torch.equal(one.success, other.success)
+    assert torch.allclose(one.x_adv, other.x_adv, atol=1e-4)
+
+
+def test_logits_may_be_tiny():
+    model, x = elsewhere()
+    for scale in (1.0, 1e-12):
+        scaled = lambda x, scale=scale: scale * model(x)  # noqa: E731
+        for attack in (carlini_wagner, zoo):
+            assert attack_small(attack, scaled, x, bounds=(-1, 1)).success.all()
+
+
+def test_a_success_that_ties_is_kept():
+    "Of two classes with one vote each the first is the answer: the margin is 0, on either side"
+
+    def votes(x):
+        of = x.flatten(1).sum(1)
+        return torch.stack([2.0 * (of > 1), 0 * of + 2, 2.0 * ((of > 0.6) & (of <= 1))], 1)
+
+    x = torch.full((1, 1, 1, 2), 0.2)
+    for seed in range(5):
+        assert square(votes, x, eps=0.5, max_queries=500, seed=seed).success.all()

@@ -145,3 +145,17 @@ def test_holm_is_the_closed_test_of_bonferroni():
         expected = [max(worth[s] for s in sets if i in s) for i in range(5)]
         assert np.allclose(holm(p), expected, rtol=1e-12)
     assert holm(pd.Series([0.2])) == [0.2]
+
+
+def test_shares_are_of_one_model():
+    rows = measure_corruptions(dict(a=linear(), b=linear(1)), IMAGES, corruptions=NAMES)
+    with pytest.raises(ValueError, match='of one model'):
+        shares_right(rows, IMAGES.y)
+
+
+def test_a_random_model_is_measured_twice_alike():
+    net = linear()
+    noisy = Counting(lambda x: net(x + 0.5 * torch.randn_like(x)))
+    how = dict(corruptions=NAMES, severities=[3])
+    one, other = (measure_corruptions(dict(m=noisy), IMAGES, **how) for _ in range(2))
+    assert plain(one) == plain(other)

@@ -438,3 +438,8 @@ def test_a_detector_keeps_what_it_was_given(prototypes, garments, tmp_path):
         assert json.dumps(detector.fpr) and Detector.load(tmp_path / 'kl', prototypes).fpr == float(
             fpr
         )
+
+
+def test_scores_that_are_nan_set_no_threshold():
+    with pytest.raises(ValueError, match='NaN'):
+        conformal_threshold(torch.tensor([0.0, torch.nan, 1, 2]), 0.5)

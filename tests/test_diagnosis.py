@@ -22,6 +22,7 @@ from genrobust.diagnosis import (
     Caution,
     Effort,
     ModelCase,
+    answers_differ,
     binarisation,
     binary_problem,
     chance_accuracy,
@@ -32,6 +33,7 @@ from genrobust.diagnosis import (
     saturation,
     small_radius,
     solved_problems,
+    surrogate,
 )
 from genrobust.evaluation import evaluate, worst_case
 from genrobust.models import load_pretrained
@@ -475,3 +477,36 @@ def test_bad_input_is_one_clear_error(linear, splits):
     for own, text in [(dict(y=y + 10), 'y must lie'), (dict(y=y[:2]), 'y must be')]:
         with pytest.raises(ValueError, match=text):
             inspect_model(**dict(model=linear, x=x, y=y) | own)
+
+
+class Masked(nn.Module):
+    "A network with a class that never wins"
+
+    def __init__(self, net, logit, noise=0.0):
+        super().__init__()
+        self.net, self.logit, self.noise = net, logit, noise
+        self.eval()
+
+    def forward(self, x):
+        logits = self.net(x + self.noise * torch.randn_like(x))
+        return torch.cat([logits, torch.full_like(logits[:, :1], self.logit)], 1)
+
+
+def test_a_masked_class_hides_no_randomness_and_no_gradient(linear, splits):
+    x, y = splits.test.first(N)
+    differ = [answers_differ(Masked(linear, logit, 0.3), x) for logit in (-10.0, -1e4, -1e9)]
+    assert min(differ) > 0.01 and max(differ) < 2 * min(differ)
+    assert answers_differ(Masked(linear, -1e9), x) == 0
+    result = worst_case(linear, x, y, p=math.inf, eps=EPS)
+    case = AttackCase(Masked(linear, -1e9), result, math.inf, EPS, size='quick')
+    net = surrogate(case)
+    assert (net(x).argmax(1) == linear(x).argmax(1)).float().mean() > 0.6
+
+
+def test_what_succeeds_outside_the_ball_is_no_success_within(linear, splits):
+    x, y = splits.test.first(N)
+    far = worst_case(linear, x, y, p=2)
+    eps = far.l2[far.success].median().item()
+    case = AttackCase(linear, far, 2, eps, size='quick')
+    assert 0 < len(case.standing) == (far.l2[far.attacked] > eps).sum() < len(case)
+    assert case.left is not None

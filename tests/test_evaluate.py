@@ -1,7 +1,9 @@
 "Any model is evaluated by one call: the numbers are right, what was done is not done again, and what makes no sense is one error."
 
+import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -677,7 +679,7 @@ def test_models_of_the_same_weights_that_answer_otherwise_are_told_apart(tmp_pat
         if n % 2 == 0:
             quick(model, X, Y, eps=0.1, folder=folder)
             continue
-        with pytest.raises(ValueError, match='of other answers: name another folder'):
+        with pytest.raises(ValueError, match='of other answers'):
             quick(model, X, Y, eps=0.1, folder=folder)
 
 
@@ -1030,3 +1032,53 @@ def test_more_steps_help_is_told_of_cnn_at_in_l2(checks, fashion):
     net = load_pretrained('cnn_at', device='cpu')
     report = quick(net, *fashion.test.first(100), p=2, eps=1)
     assert 'more_steps_help' in [caution.name for caution in report.warnings]
+
+
+def test_a_gradient_that_was_mended_is_no_other_name_for_the_same_results(tmp_path):
+    class Net(nn.Module):
+        def __init__(self, is_mended):
+            super().__init__()
+            self.net, self.is_mended = NET, is_mended
+            self.eval()
+
+        def forward(self, x):
+            return self.net(x if self.is_mended else x.detach()) + 0 * x.sum()
+
+    quick(Net(False), X, Y, eps=0.1, folder=tmp_path)
+    with pytest.raises(ValueError, match='of other gradients: name another folder'):
+        quick(Net(True), X, Y, eps=0.1, folder=tmp_path)
+    settings = json.loads((tmp_path / 'settings.json').read_text())
+    del settings['gradients']  # as older files lack it
+    (tmp_path / 'settings.json').write_text(json.dumps(settings))
+    quick(Net(False), X, Y, eps=0.1, folder=tmp_path)
+
+
+def test_masked_classes_of_other_functions_are_told_apart(tmp_path):
+    class Masked(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.net, self.scale = NET, scale
+            self.eval()
+
+        def forward(self, x):
+            logits = self.net(self.scale * x)
+            return torch.cat([logits, torch.full_like(logits[:, :1], -1e9)], 1)
+
+    quick(Masked(1.0), X, Y, eps=0.1, folder=tmp_path)
+    with pytest.raises(ValueError, match='of other answers'):
+        quick(Masked(0.5), X, Y, eps=0.1, folder=tmp_path)
+
+
+def test_files_of_the_same_name_have_helpers_of_their_own(tmp_path, capsys):
+    x = torch.rand(40, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / 'images.npz', x=x.numpy(), y=x.flatten(1)[:, :2].argmax(1).numpy())
+    for folder, sign in (('old', ''), ('new', '-')):
+        (tmp_path / folder).mkdir()
+        text = f'def net(x):\n    return {sign}x.flatten(1)[:, :2]\n'
+        (tmp_path / folder / 'arch.py').write_text(text)
+        (tmp_path / folder / 'net.py').write_text('from arch import net\n')
+    models = [f'{tmp_path}/{folder}/net.py:net' for folder in ('old', 'new')]
+    how = '--images', tmp_path / 'images.npz', '--eps', 0.01, '--size', 'quick'
+    status, out, _ = command(capsys, *models, *how)
+    assert status == 0 and re.findall(r'clean accuracy ([\d.]+)%', out) == ['100.0', '0.0']
+    assert 'arch' not in sys.modules

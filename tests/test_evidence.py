@@ -365,6 +365,10 @@ def test_tables_are_written_and_go_on_where_they_stopped(splits, tmp_path):
     measure_transfer(['cnn', 'cnn_at'], tmp_path, images=8, splits=splits, device='cpu')
     found = pd.read_csv(tmp_path / 'transfer.csv')
     assert len(found) == 2 * 3 * 2 and set(found.norm) == {'linf', 'l2'}
+    assert found.data.str.fullmatch('given [0-9a-f]{8}').all()
+    other = splits._replace(test=splits.test._replace(x=splits.test.x.flip(0)))
+    with pytest.raises(ValueError, match='holds rows of data'):
+        measure_checks(['cnn'], tmp_path, **own | dict(splits=other))
 
 
 def test_a_trial_keeps_its_images_and_settings(linear, splits):

@@ -24,6 +24,7 @@ from genrobust.files import (
     beside,
     claimed,
     digest,
+    grow_rows,
     load_tensors,
     read_rows,
     save_tensors,
@@ -34,6 +35,7 @@ from genrobust.files import (
 from genrobust.models import (
     CNN,
     BayesClassifier,
+    load_models,
     load_pretrained,
     pretrained_names,
     save_model,
@@ -478,3 +480,49 @@ def test_a_lock_that_was_removed_is_no_claim(tmp_path):
     leave.set()
     waiting.join()
     assert list(claimed([path], wait=False)) == [path] and list(tmp_path.iterdir()) == []
+
+
+def test_two_processes_that_grow_one_table_lose_no_row(tmp_path):
+    file, seen, others = tmp_path / 'rows.csv', [], []
+
+    def rows_of(first, stop):
+        seen.append(first)
+        if not others:  # another begins while this one is at work
+            others.append(threading.Thread(target=grow, args=(20,)))
+            others[0].start()
+            time.sleep(0.2)
+        return dict(n=range(first, stop))
+
+    def grow(images):
+        grow_rows(file, images, 5, rows_of, say=lambda text: None)
+
+    grow(10)
+    others[0].join()
+    assert list(pd.read_csv(file).n) == list(range(20)) and seen == [0, 5, 10, 15]
+
+
+def test_a_model_is_for_its_data_set_and_has_a_name_of_its_own(tmp_path):
+    clf = CNN(hidden=20)
+    save_model(clf, tmp_path / 'a.safetensors', data='mnist')
+    for data in (None, 'mnist', 'synthetic'):
+        load_pretrained(tmp_path / 'a.safetensors', 'cpu', data)
+    with pytest.raises(ValueError, match='not for fashion_mnist: they were trained on mnist'):
+        load_pretrained(tmp_path / 'a.safetensors', 'cpu', 'fashion_mnist')
+    bayes = BayesClassifier('GFZ', hidden=20, latent=4)
+    for n in (2, 3):
+        (tmp_path / str(n)).mkdir()
+        bayes.n_samples = n
+        save_model(bayes, tmp_path / str(n) / 'm.safetensors')
+        assert load_pretrained(tmp_path / str(n) / 'm.safetensors', 'cpu').n_samples == n
+    with pytest.raises(ValueError, match='two models of the same weights are called m-'):
+        load_models([tmp_path / str(n) / 'm.safetensors' for n in (2, 3)])
+    with pytest.raises(ValueError, match='n_samples'):
+        bayes.n_samples = 0
+
+
+def test_weights_beyond_float16_are_not_saved_as_infinite(tmp_path):
+    clf = CNN(hidden=20)
+    next(clf.parameters()).data.flatten()[0] = 1e5
+    with pytest.raises(ValueError, match='too large for float16'):
+        save_model(clf, tmp_path / 'a.safetensors')
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from genrobust.attacks import deepfool
 from genrobust.data import synthetic
@@ -51,3 +52,12 @@ def test_the_package_does_not_need_it():
         "else: raise SystemExit('no error')"
     )
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_a_repository_that_lacks_weights_is_refused(tmp_path):
+    to_hub(load_pretrained('cnn', 'cpu')).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / 'model.safetensors')
+    tensors.popitem()
+    save_file(tensors, tmp_path / 'model.safetensors')
+    with pytest.raises(RuntimeError, match='Missing key'):
+        from_hub(str(tmp_path), local_files_only=True)

@@ -403,3 +403,15 @@ def test_targeted_attacks_of_the_study_are_those_of_the_library(drawn):
         assert torch.equal(found.x_adv, expected.x_adv)
         assert (found.l2 if p == 2 else found.linf).max() <= eps * (1 + 1e-5)
         assert (how | dict(attack='one_vs_all(apgd)')).items() <= found.settings.items()
+
+
+def test_a_study_is_of_one_data_set(run, tmp_path):
+    with pytest.raises(ValueError, match='not for fashion_mnist: they were trained on mnist'):
+        run(tmp_path / 'out', ['cnn_mnist'])
+    folder = run(tmp_path / 'out')
+    settings = folder / 'settings.json'
+    settings.write_text(settings.read_text().replace('fashion_mnist', 'synthetic'))
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match='holds a study of synthetic, not of fashion_mnist'):
+        run(folder)
+    assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}

@@ -207,3 +207,10 @@ def test_all_measurements_take_a_bayes_classifier(weights, tmp_path):
     assert longer.sigma[4:].tolist() == [0.25] * 3
     with pytest.raises(ValueError, match='holds rows of seed'):
         measure_split([weights['bayes']], [0.5], 6, folder=folders[1], seed=1, **how)
+
+
+def test_one_logit_is_smoothed_as_two():
+    one = nn.Sequential(nn.Flatten(), nn.Linear(16, 1)).eval()
+    x = torch.randn(40, 1, 4, 4)
+    answers = Smoothed(one, 1e-6, draws=4)(x).argmax(1)
+    assert torch.equal(answers, (one(x)[:, 0] > 0).long()) and 0 < answers.sum() < 40

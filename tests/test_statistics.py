@@ -33,3 +33,15 @@ def test_a_rate_is_of_numbers_from_0_to_1():
             Rate.of(bad)
     with pytest.raises(ValueError, match='two values of each image'):
         Rate.of([1, 0, 1], [0, 1])
+
+
+def test_what_is_no_cluster_and_no_outcome_is_refused():
+    hits = pd.Series([1.0, 1, 0, 0])
+    for none in (np.nan, None):
+        with pytest.raises(ValueError, match='found none for 1'):
+            clustered(hits, pd.Series([0, 0, 1, none]))
+    assert mcnemar([1, 0, 1, 1], [0, 0, 1, 0]) == mcnemar(np.array([1, 0, 1, 1]) > 0, hits < -1)[
+        :0
+    ] + (2, 0, 0.5)
+    with pytest.raises(ValueError, match='true or false'):
+        mcnemar([3, 1, 2], [1, 2, 2])  # predictions

@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -162,3 +163,46 @@ def test_mixed_precision_where_pytorch_has_none(monkeypatch):
     with pytest.raises(ValueError, match='no mixed precision on cpu: train with amp=False'):
         fit(CNN(hidden=5), images, images, 1, amp=True, **how)
     fit(CNN(hidden=5), images, images, 1, **how)
+
+
+def test_batch_norm_is_averaged_with_the_weights():
+    clf, few = CNN(hidden=20), synthetic(60)
+    clf.add_module('norm', torch.nn.BatchNorm1d(784))
+    plain = clf.forward
+    clf.forward = lambda x: plain(clf.norm(x.flatten(1)).view_as(x))
+    fit(clf, few, few, 2, batch_size=20, device='cpu', progress=False)
+    assert clf.norm.num_batches_tracked >= 6 and clf.norm.running_mean.abs().sum() > 0
+
+
+def test_what_is_frozen_stays_and_what_was_loaded_is_trained():
+    few, how = synthetic(40), dict(batch_size=20, device='cpu', progress=False)
+    clf = CNN(hidden=20)
+    clf.trunk.requires_grad_(False)
+    before = {name: value.clone() for name, value in clf.state_dict().items()}
+    fit(clf, few, few, 1, **how)
+    moved = {name for name, value in clf.state_dict().items() if not value.equal(before[name])}
+    assert moved and not any(name.startswith('trunk') for name in moved)
+    whole = CNN(hidden=20).requires_grad_(False)
+    start = digest(whole.state_dict())
+    fit(whole, few, few, 1, **how)
+    assert digest(whole.state_dict()) != start
+
+
+def shifted(model, x, y, by=0.0):
+    return (x + by).clamp(0, 1)
+
+
+class Shift:
+    def __call__(self, model, x, y):
+        return x
+
+
+def test_beside_a_checkpoint_an_adversary_can_be_told_from_others(tmp_path):
+    train(1, tmp_path / 'c', adversary=partial(shifted, by=0.1))
+    with pytest.raises(ValueError, match='adversary'):
+        train(2, tmp_path / 'c', adversary=partial(shifted, by=0.2))
+    for unknown in (Shift(), lambda model, x, y: x, partial(Shift())):
+        with pytest.raises(ValueError, match='so that it is known'):
+            train(1, tmp_path / 'd', adversary=unknown)
+    assert not (tmp_path / 'd').exists()
+    train(1, None, adversary=Shift())

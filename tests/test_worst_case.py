@@ -386,3 +386,21 @@ def test_the_strongest_targets_come_first_and_too_many_are_all():
     for bad in (0, 1.5, -1, True):
         with pytest.raises(ValueError, match='n_targets must be'):
             one_vs_all(deepfool, NEVER, x, n_targets=bad)
+
+
+def test_what_all_attacks_share_is_not_set_by_one():
+    x = many()
+    for own in (dict(bounds=(-1, 2)), dict(mask=torch.ones(1)), dict(draws=3)):
+        with pytest.raises(ValueError, match=f'sets {next(iter(own))} of its own'):
+            worst_case(DOUBLE, x, attacks=[partial(ddn, **own)])
+    clf = BayesClassifier('GFZ', hidden=8, latent=2).eval()
+    with pytest.raises(ValueError, match='sets seed of its own'):
+        worst_case(clf, torch.rand(2, 1, 28, 28), attacks=[partial(ddn, seed=1)])
+    assert worst_case(DOUBLE, x, p=2, eps=0.3, attacks=[pgd, partial(pgd, seed=1)]).attacked.any()
+
+
+def test_radii_come_in_many_forms():
+    x = many(3)
+    expected = worst_case(DOUBLE, x, p=2, eps=torch.tensor([0.1, 0.3, 0.6]), attacks=[ddn])
+    for eps in ([0.1, 0.3, 0.6], torch.tensor([0.1, 0.3, 0.6]).numpy()):
+        same(worst_case(DOUBLE, x, p=2, eps=eps, attacks=[ddn]), expected)

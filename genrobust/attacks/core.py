@@ -30,7 +30,7 @@ from genrobust.attacks.inputs import (
 )
 from .random_numbers import uniform
 from .result import AttackResult, Trace, margin, norm, require, within_reach
-from ..numerics import derive_seed, device_of, in_parts, no_tf32, seeded
+from ..numerics import check_seed, derive_seed, device_of, in_parts, no_tf32, seeded
 
 # %% ../../nbs/03_attacks.ipynb #03-035
 @attack(minimum_norm=False, black_box=True)
@@ -86,7 +86,7 @@ def rescore(
     check_model(clf)
     device, found = device_of(clf, result.x), []
     batches = in_parts(clf, result.x_adv, batch_size)
-    with seeded(derive_seed('rescore', int(seed)), device), no_tf32():
+    with seeded(derive_seed('rescore', check_seed(seed, low=-(2**63))), device), no_tf32():
         for part in tqdm(batches, 'rescore', disable=not progress):
             predictions, n_classes = _predictions(clf, part, draws, device)
             found.append(predictions.to(result.y.device))

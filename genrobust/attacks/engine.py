@@ -410,12 +410,13 @@ class BestMargin:
         self.success = torch.zeros_like(self.margin, dtype=torch.bool)
 
     def update(self, x: Tensor, logits: Tensor, i: Tensor) -> None:
-        "Keep `x` where its margin is the lowest so far; logits that are not finite are no margin."
-        new = self.state.margin(logits, i)
-        better = (new < self.margin[i]) & logits.isfinite().all(1)
+        """Keep `x` where its margin is the lowest so far, and at the first success, which may only
+        tie; logits that are not finite are no margin."""
+        new, wins = self.state.margin(logits, i), self.state.is_adversarial(logits, i)
+        better = (new < self.margin[i]) & logits.isfinite().all(1) | wins & ~self.success[i]
         self.x[i] = torch.where(per_image(better, x), x.detach(), self.x[i])
         self.margin[i] = torch.where(better, new, self.margin[i])
-        self.success[i] |= self.state.is_adversarial(logits, i)
+        self.success[i] |= wins
 
     def active(self, i: Tensor, *values: Tensor) -> list[Tensor]:
         "Of images `i`, and of what belongs to each of them, those without a success yet."

@@ -121,7 +121,7 @@ def linear_scale(
     scale = flat.amax(1) - flat.amin(1)
     scale = torch.where(scale > 0, scale, width)  # bounds may be much wider than the data
     pixel = (distance / n**0.5).maximum(1e-4 * scale).minimum(scale.clamp_max(0.1 * width))
-    weight = 5 * n * pixel**2 / gap.abs().clamp_min(torch.finfo(gap.dtype).eps)
+    weight = 5 * n * pixel**2 / gap.abs().clamp_min(torch.finfo(gap.dtype).tiny ** 0.5)
     return (
         weight if c is None else torch.full_like(weight, c),
         share * pixel if lr is None else torch.full_like(pixel, lr),

@@ -57,9 +57,9 @@ def log_odds(
 def rounding_tolerance(
     logits: Tensor,  # `[B,C]`
 ) -> Tensor:  # `[B]`, above 0 even where all logits are 0
-    "Largest error of a difference of logits: eight units in the last place of the largest logit."
+    "Largest error of a margin: eight units in the last place of the two largest logits."
     kind = torch.finfo(logits.dtype)
-    return 8 * kind.eps * logits.abs().amax(1).clamp_min(kind.tiny**0.5)
+    return 8 * kind.eps * logits.topk(2).values.abs().amax(1).clamp_min(kind.tiny**0.5)
 
 # %% ../../nbs/20_result.ipynb #20-009b
 def norm(
