@@ -63,7 +63,8 @@ def conformal_threshold(
     scores: Tensor,  # Of n clean images, used for nothing else `[n]`
     fpr: float,  # Share of new clean images that may be rejected, in (0, 1)
 ) -> float:  # A higher score is rejected
-    "The k-th largest score, k = floor(fpr (n+1)) (Papadopoulos et al., 2002); a `ValueError` for NaN."
+    """The k-th largest score, k = floor(fpr (n+1)) (Papadopoulos et al., 2002); a `ValueError` for
+    NaN."""
     require(not scores.isnan().any(), 'a threshold needs numbers, found scores that are NaN')
     return scores.topk(conformal_rank(len(scores), fpr)).values[-1].item()
 

@@ -859,7 +859,7 @@ class _Parts:
         with tqdm(total=seconds, bar_format=form, disable=not self.progress) as self.bar:
             yield
 
-# %% ../nbs/19_evaluate.ipynb #19-052
+# %% ../nbs/19_evaluate.ipynb #19-052k
 # What a model is known by besides its weights, and how exactly, in units of the largest number
 _KNOWN_BY = dict(answers=1e-3, gradients=0.05)
 
@@ -873,7 +873,7 @@ def _differs(name, one, other):
     a, b = one.get(name), other.get(name)
     return not _close(name, a, b) if name in _KNOWN_BY and a and b else a != b
 
-
+# %% ../nbs/19_evaluate.ipynb #19-052
 def _claim_folder(
     folder: str | Path | None,  # Where parts are to be kept
     about: dict,  # What the results depend on

@@ -757,14 +757,14 @@ def _measured(check, trial):
     row['rates'] = json.dumps({name: round(rate, 6) for name, rate in found.rates.items()})
     return dict(row, size=trial.size, seconds=time.perf_counter() - begun)
 
-# %% ../nbs/41_checks.ipynb #41-056
+# %% ../nbs/41_checks.ipynb #41-056g
 def _given(splits):
     "Name and images of a data set; the default is Fashion-MNIST"
     if splits is None:
         return load_or_synthetic()
     return f'given {digest(splits.test._asdict())[:8]}', splits
 
-
+# %% ../nbs/41_checks.ipynb #41-056
 def measure_checks(
     models: Sequence[str | Path],  # Names for `load_pretrained`, or paths of files
     folder: str | Path = 'results/checks',  # Gets a file `MODEL.csv` for each

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+# %% ../nbs/39_smoothing.ipynb #39-005c
 from genrobust.attacks.inputs import (
     Wrapped,
     as_labels,
@@ -188,6 +189,12 @@ def certified_accuracy(
         rows.append((radius, kept / n, *wilson(kept, n)))
     return pd.DataFrame(rows, columns=['radius', 'accuracy', 'low', 'high'])
 
+# %% ../nbs/39_smoothing.ipynb #39-060s0
+def _models(models, device, data):
+    "Pairs of name and model"
+    load_model = partial(load_pretrained, device=device, data=data)
+    return load_models(models, load_model).items()
+
 # %% ../nbs/39_smoothing.ipynb #39-060s1
 def _columns(measure_part, model, test, about, start, stop):
     "Of some images: settings, the image, its label, and what is measured"
@@ -200,9 +207,8 @@ def _measure(measure_part, models, sigmas, images, folder, where, **about):
     "A file for each model and sigma, which grows by 5 images at a time"
     folder, test = writable(folder), load(about['data'], where['root']).test
     check_range(1, len(test.x), images=images)
-    load_model = partial(load_pretrained, device=where['device'], data=about['data'])
-    named = load_models(models, load_model)
-    for (label, model), sigma in product(named.items(), map(float, sigmas)):
+    named = _models(models, where['device'], about['data'])
+    for (label, model), sigma in product(named, map(float, sigmas)):
         check_positive(sigma=sigma)
         weights = digest(model.state_dict())[:12]
         settings = about | dict(model=label, weights=weights, sigma=sigma)
@@ -284,8 +290,7 @@ def measure_split(
     key = Keys(derive_seed('split', check_seed(seed)), torch.arange(len(x)), torch.tensor(0))
     noise, pairs = normal(key, *x.shape[1:]), [(1, 0), (0, 1), (1, 1)]
     keys = ['sigma', 'encoder', 'densities']
-    load_model = partial(load_pretrained, device=device, data=data)
-    for label, model in load_models(models, load_model).items():
+    for label, model in _models(models, device, data):
         file = folder / f'{label}.csv'
         about = dict(data=data, model=label, weights=digest(model.state_dict())[:12])
         about |= dict(images=len(x), seed=seed)

@@ -383,8 +383,7 @@ def run(
     name, preset = _sizes(preset)
     models, attacks = as_list(models, 'models'), _chosen(attacks, name, preset)
     folder = _folder(out or f'results/{name}')
-    data, splits = _data(data, root, preset, attacks, say)
-    _check_data(folder, data)
+    data, splits = _data(folder, data, root, preset, attacks, say)
     start = time.perf_counter()
 
     def tell(what):
@@ -399,13 +398,9 @@ def run(
         device = pick_device(device)
         if data == 'synthetic':
             tell(f'training {len(models)} models on synthetic images')
-        clfs = load_models(models, load_model)
-        if len(clfs) < len(models):
-            left_out = len(models) - len(clfs)
-            tell(
-                f'{left_out} of {len(models)} models left out: they are the same as others of them'
-            )
-        study = Study(folder, name, preset, attacks, data, splits, clfs)
+        study = Study(folder, name, preset, attacks, data, splits, load_models(models, load_model))
+        if len(study.clfs) < len(models):
+            tell(f'{len(models) - len(study.clfs)} left out, of the same weights as another')
         study.measure(_machine(device), progress, tell)
     if rank:
         return None
@@ -475,8 +470,8 @@ def _check_data(folder, data):
         raise ValueError(f'{folder} holds a study of {found}, not of {data}: take another folder')
 
 
-def _data(data, root, preset, attacks, say):
-    "Name and images of the data set; a `ValueError` if there are too few"
+def _data(folder, data, root, preset, attacks, say):
+    "Name and images of the data set; a `ValueError` if there are too few, or the folder has others"
     if data not in ('fashion_mnist', 'synthetic'):
         known = 'there are some for fashion_mnist, and synthetic trains its own'
         raise ValueError(f'no weights for {data!r}; {known}')
@@ -486,4 +481,5 @@ def _data(data, root, preset, attacks, say):
         n = len(getattr(splits, part).y)
         if asked > n:
             raise ValueError(f'there are {n} {part} images, not {asked}')
+    _check_data(folder, data)
     return data, splits

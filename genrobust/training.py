@@ -189,20 +189,6 @@ def _fingerprint(*parts):
     return h.hexdigest()
 
 
-def _describe(adversary):
-    "What an adversary is called, the same in every process"
-    if isinstance(adversary, partial):
-        return f'{_describe(adversary.func)}{adversary.args or ""}{adversary.keywords}'
-    return adversary and getattr(adversary, '__qualname__', type(adversary).__qualname__)
-
-
-def _is_known(adversary):
-    "Whether its description tells it from others: not that of a lambda, a closure or an object"
-    if isinstance(adversary, partial):
-        return _is_known(adversary.func)
-    return isinstance(adversary, FunctionType) and '<' not in adversary.__qualname__
-
-
 def _previous(path):
     return beside(path, '.previous')
 
@@ -220,6 +206,20 @@ def _load_checkpoint(path):
         warnings.warn(said, stacklevel=2)
         write_whole(path, _previous(path).read_bytes())
         return found
+
+# %% ../nbs/02_training.ipynb #02-011b
+def _describe(adversary):
+    "What an adversary is called, the same in every process"
+    if isinstance(adversary, partial):
+        return f'{_describe(adversary.func)}{adversary.args or ""}{adversary.keywords}'
+    return adversary and getattr(adversary, '__qualname__', type(adversary).__qualname__)
+
+
+def _is_known(adversary):
+    "Whether its description tells it from others: not that of a lambda, a closure or an object"
+    if isinstance(adversary, partial):
+        return _is_known(adversary.func)
+    return isinstance(adversary, FunctionType) and '<' not in adversary.__qualname__
 
 # %% ../nbs/02_training.ipynb #02-078
 def _kl_weight(epochs, warmup):
@@ -350,13 +350,22 @@ def _check_arguments(epochs, lr, batch_size, seed, patience, warmup):
     check_seed(seed, high=(2**63 - int(epochs)) // 100_000)
 
 
-def _check_checkpoint(path):
-    "An error if no file can be written there"
+def _check_checkpoint(path, adversary):
+    "An error if no file can be written there, or if it could not tell the adversary from another"
     path = Path(path)
+    if adversary and not _is_known(adversary):
+        text = 'a function at the top of a module, or a functools.partial of one'
+        raise ValueError(f'beside a checkpoint an adversary must be {text}, so that it is known')
     if path.is_dir():
         raise ValueError(f'the checkpoint {path} is a folder; name a file in it')
     writable(Path(os.path.realpath(path)).parent)
     return path
+
+# %% ../nbs/02_training.ipynb #02-079t
+def _trainable(model):
+    "The same; all of it where no parameter wants a gradient, as of a model that was loaded"
+    is_frozen = not any(p.requires_grad for p in model.parameters())
+    return model.requires_grad_(True) if is_frozen else model
 
 # %% ../nbs/02_training.ipynb #02-079
 def fit(
@@ -380,19 +389,14 @@ def fit(
 
     During the warm-up `train_bound` is no bound. `ValueError` if a loss is not finite."""
     _check_arguments(epochs, lr, batch_size, seed, patience, warmup)
-    path = _check_checkpoint(checkpoint) if checkpoint else None
-    if path and adversary and not _is_known(adversary):
-        text = 'a function at the top of a module, or a functools.partial of one'
-        raise ValueError(f'beside a checkpoint an adversary must be {text}, so that it is known')
+    path = _check_checkpoint(checkpoint, adversary) if checkpoint else None
     device = pick_device(device)
     check_images(*train, n_classes=model.n_classes, source='training images')
     check_images(*valid, n_classes=model.n_classes, source='validation images')
     settings = dict(lr=float(lr), batch_size=int(batch_size), seed=int(seed), warmup=int(warmup))
     settings |= dict(amp=bool(amp), adversary=_describe(adversary), data=_fingerprint(train, valid))
     train, valid = (Images(images.x.to(device), images.y.to(device)) for images in (train, valid))
-    if not any(p.requires_grad for p in model.parameters()):  # as of a model that was loaded
-        model.requires_grad_(True)
-    run = _Run(model.to(device), settings, adversary, graphs)
+    run = _Run(_trainable(model.to(device)), settings, adversary, graphs)
     if path and path.exists():
         run.resume(path)
     if len(run.history) > epochs:
