@@ -544,7 +544,8 @@ class AttackCase(ModelCase):
         check_choice((1, 2, math.inf), p=p)
         check_range(0, math.inf, eps=eps)
         distance, slack = perturbation_norm(result.x, result.x_adv, p)
-        result = replace(result, success=result.success & (distance <= eps + slack))
+        is_within = distance <= eps + slack
+        result = replace(result, success=result.success & is_within)
         seed = result.settings.get('noise_seed', seed)
         super().__init__(model, result.x, result.y, bounds, seed, size)
         self.result, self.given_bounds = result, bounds
@@ -556,8 +557,10 @@ class AttackCase(ModelCase):
         self.logits = self.ask(self.x)
         # Of a random model that cannot be held fixed more than half of the answers have to be wrong
         self.draws = 1 if can_be_fixed(self.model) or not random_answers.measure(self) else 15
-        fallen = self.is_fooled(result.x_adv[i]) if self.draws > 1 else result.success[i]
-        self.standing = (~fallen.to(self.device)).nonzero().squeeze(1)
+        fallen = result.success[i].to(self.device)
+        if self.draws > 1:
+            fallen = self.is_fooled(result.x_adv[i]) & is_within[i].to(self.device)
+        self.standing = (~fallen).nonzero().squeeze(1)
 
     def __len__(self):
         return len(self.x)

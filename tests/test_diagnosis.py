@@ -510,3 +510,5 @@ def test_what_succeeds_outside_the_ball_is_no_success_within(linear, splits):
     case = AttackCase(linear, far, 2, eps, size='quick')
     assert 0 < len(case.standing) == (far.l2[far.attacked] > eps).sum() < len(case)
     assert case.left is not None
+    noisy = AttackCase(Masked(linear, -10.0, 0.01), far, 2, eps, size='quick')
+    assert noisy.draws > 1 and 0 < len(noisy.standing) < len(noisy)
