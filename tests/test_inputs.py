@@ -284,6 +284,8 @@ def test_eot_answers_with_means():
     result = fgsm(EOT(model, 5), x)
     assert result.forwards.tolist() == [10] * 6
     same(fgsm(model, x, draws=5), result)
+    for behind in (Normalized(EOT(model, 5), 0.0, 1.0), EOT(EOT(model, 5), 1)):
+        assert fgsm(behind, x).forwards.tolist() == [10] * 6
     with pytest.raises(ValueError, match='of must be one of'):
         EOT(model, 5, of='logits')
 

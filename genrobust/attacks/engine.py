@@ -45,6 +45,7 @@ from genrobust.attacks.inputs import (
     EOT,
     Levels,
     LogitsOf,
+    Wrapped,
     as_bounds,
     as_eps,
     as_json,
@@ -557,7 +558,7 @@ def _deterministic(model, options):
         found, noise = EOT(model, draws), {}
     if draws > 1 and found is not model:
         noise['draws'] = draws
-    cost = (1 if found is model else draws) * (model.draws if isinstance(model, EOT) else 1)
+    cost = (1 if found is model else draws) * (model.calls() if isinstance(model, Wrapped) else 1)
     if hasattr(found, 'noise_settings'):
         noise['noise'] = found.noise_settings
     return found, noise, options._replace(draws=cost)

@@ -177,6 +177,10 @@ class Wrapped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
 
+    def calls(self) -> int:
+        "Of the model behind all wrappers, for one answer."
+        return self.model.calls() if isinstance(self.model, Wrapped) else 1
+
     def __getattr__(self, name):
         if name in self.passed:
             return getattr(self.model, name)
@@ -213,6 +217,9 @@ class EOT(Wrapped):
         check_choice(('losses', 'probabilities'), of=of)
         super().__init__(model)
         self.draws, self.of = draws, of
+
+    def calls(self) -> int:
+        return self.draws * super().calls()
 
     def forward(self, x: Tensor) -> Tensor:
         draws = torch.stack([ask(self.model, x).log_softmax(1) for _ in range(self.draws)])
