@@ -207,7 +207,7 @@ def _load_checkpoint(path):
         write_whole(path, _previous(path).read_bytes())
         return found
 
-# %% ../nbs/02_training.ipynb #02-011b
+# %% ../nbs/02_training.ipynb #02-011k
 def _describe(adversary):
     "What an adversary is called, the same in every process"
     if isinstance(adversary, partial):

@@ -731,3 +731,27 @@ def test_a_success_that_ties_is_kept():
     x = torch.full((1, 1, 1, 2), 0.2)
     for seed in range(5):
         assert square(votes, x, eps=0.5, max_queries=500, seed=seed).success.all()
+
+
+def test_an_attack_leaves_precision_as_it_was():
+    "oneDNN has switches of its own, and an old one of PyTorch writes some of them"
+    owner = torch.backends.mkldnn
+    parts = [getattr(owner, name, None) for name in ('conv', 'matmul')]
+    if not all(hasattr(part, 'fp32_precision') for part in parts):
+        pytest.skip('this PyTorch has no such switches')
+    (model, x), seen = elsewhere(), []
+    before = [part.fp32_precision for part in parts]
+
+    def watched(x):
+        seen.append([part.fp32_precision for part in parts])
+        return model(x)
+
+    try:
+        for part in parts:
+            part.fp32_precision = 'bf16'
+        fgsm(watched, x, bounds=(-1, 1))
+        assert seen and all(found == ['ieee', 'ieee'] for found in seen)
+        assert [part.fp32_precision for part in parts] == ['bf16', 'bf16']
+    finally:
+        for part, value in zip(parts, before):
+            part.fp32_precision = value

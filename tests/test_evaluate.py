@@ -653,18 +653,19 @@ def test_a_folder_of_another_evaluation_is_refused(tmp_path):
     assert (tmp_path / 'evaluation.json').read_bytes() == before
 
 
+class Behind(nn.Module):
+    "Something around a network, which its weights do not tell"
+
+    def __init__(self, answer):
+        super().__init__()
+        self.net, self.answer = NET, answer
+        self.eval()
+
+    def forward(self, x):
+        return self.answer(x)
+
+
 def test_models_of_the_same_weights_that_answer_otherwise_are_told_apart(tmp_path):
-    class Behind(nn.Module):
-        "Something around a network, which its weights do not tell"
-
-        def __init__(self, answer):
-            super().__init__()
-            self.net, self.answer = NET, answer
-            self.eval()
-
-        def forward(self, x):
-            return self.answer(x)
-
     def noisy(x, std):
         return NET(x + std * torch.randn_like(x))
 
@@ -1035,38 +1036,25 @@ def test_more_steps_help_is_told_of_cnn_at_in_l2(checks, fashion):
 
 
 def test_a_gradient_that_was_mended_is_no_other_name_for_the_same_results(tmp_path):
-    class Net(nn.Module):
-        def __init__(self, is_mended):
-            super().__init__()
-            self.net, self.is_mended = NET, is_mended
-            self.eval()
-
-        def forward(self, x):
-            return self.net(x if self.is_mended else x.detach()) + 0 * x.sum()
-
-    quick(Net(False), X, Y, eps=0.1, folder=tmp_path)
+    masked = Behind(lambda x: NET(x.detach()) + 0 * x.sum())
+    mended = Behind(lambda x: NET(x))
+    quick(masked, X, Y, eps=0.1, folder=tmp_path)
     with pytest.raises(ValueError, match='of other gradients: name another folder'):
-        quick(Net(True), X, Y, eps=0.1, folder=tmp_path)
+        quick(mended, X, Y, eps=0.1, folder=tmp_path)
     settings = json.loads((tmp_path / 'settings.json').read_text())
     del settings['gradients']  # as older files lack it
     (tmp_path / 'settings.json').write_text(json.dumps(settings))
-    quick(Net(False), X, Y, eps=0.1, folder=tmp_path)
+    quick(masked, X, Y, eps=0.1, folder=tmp_path)
 
 
-def test_masked_classes_of_other_functions_are_told_apart(tmp_path):
-    class Masked(nn.Module):
-        def __init__(self, scale):
-            super().__init__()
-            self.net, self.scale = NET, scale
-            self.eval()
+def test_functions_that_share_a_masked_class_are_told_apart(tmp_path):
+    def masked(x, scale):
+        logits = NET(scale * x)
+        return torch.cat([logits, torch.full_like(logits[:, :1], -1e9)], 1)
 
-        def forward(self, x):
-            logits = self.net(self.scale * x)
-            return torch.cat([logits, torch.full_like(logits[:, :1], -1e9)], 1)
-
-    quick(Masked(1.0), X, Y, eps=0.1, folder=tmp_path)
+    quick(Behind(partial(masked, scale=1)), X, Y, eps=0.1, folder=tmp_path)
     with pytest.raises(ValueError, match='of other answers'):
-        quick(Masked(0.5), X, Y, eps=0.1, folder=tmp_path)
+        quick(Behind(partial(masked, scale=0.5)), X, Y, eps=0.1, folder=tmp_path)
 
 
 def test_files_of_the_same_name_have_helpers_of_their_own(tmp_path, capsys):

@@ -219,6 +219,7 @@ class EOT(Wrapped):
         self.draws, self.of = draws, of
 
     def calls(self) -> int:
+        "As many as draws, times those behind it."
         return self.draws * super().calls()
 
     def forward(self, x: Tensor) -> Tensor:
