@@ -121,7 +121,7 @@ def _gradient(values, x, keep_graph=False):
 
 
 def _gradients_of_part(values_of, model, x, i):
-    x = x.detach().requires_grad_()
+    x = x.detach().clone().requires_grad_()  # a clone, as x may be of inference mode
 
     def forward():
         logits = ask(model, x)

@@ -234,7 +234,8 @@ class AttackState:
 
     def is_beyond(self, logits: Tensor, i: Tensor) -> Tensor:
         "Bool `[b]`: `kappa` beyond the decision boundary, by more than rounding could make of it."
-        return self.margin(logits, i) < -self.kappa - rounding_tolerance(logits)
+        is_beyond = self.margin(logits, i) < -self.kappa - rounding_tolerance(logits)
+        return is_beyond & logits.isfinite().all(1)
 
     def margin_target(self, logits: Tensor, i: Tensor) -> Tensor:
         "How far the margin has to fall to be safely `kappa` beyond the decision boundary, `[b]`."
@@ -730,9 +731,9 @@ def _on_levels(state, found, i, scale, options):
     levels, x, eps, p = Levels(low, high), state.x[i], options.eps, options.p
     k = levels.of(x).round()
     step = levels.of(found[i]) - k
-    step = (scale * step).round() if scale else (step + step.sign() / 1000).trunc()
+    step = (scale * step).round() if scale else (step + step.sign() / 10_000).trunc()
     if eps is not None and p == torch.inf:
-        most = (state.own(eps, i) * (255 / (high - low)) + 1e-3) // 1
+        most = (state.own(eps, i) * (255 / (high - low)) * (1 + 1e-6)) // 1
         step = step.clamp(-most, most)
     point = levels.value((k + step).clamp(0, 255)).to(x.dtype)
     if eps is None or p == torch.inf:
@@ -750,9 +751,9 @@ def _quantize(state, found, options):
     i = (found != state.x).flatten(1).any(1).nonzero().squeeze(1)
     for scale in _SCALES:
         point, allowed = _on_levels(state, found, i, scale, options)
+        i, point = i[allowed], point[allowed]
         if scale == 0:
             x_adv[i] = point
-        i, point = i[allowed], point[allowed]
         if not len(i):
             break
         success = state.is_success(state.logits(point, i), i)

@@ -119,7 +119,8 @@ class Ball:
             delta = state.random(uniform, i) * 2 - 1
         else:
             delta = self.steepest(state.free(state.random(normal, i), i))
-            radius = state.random(uniform, i, 1) ** (1 / delta[0].numel())
+            n = state.n_free if state.mask is None else state.n_free[i, None]
+            radius = state.random(uniform, i, 1) ** (1 / n)
             delta = delta * per_image(radius, delta)
         return self.clip(state, state.x[i] + state.own(self.eps, i) * delta, i)
 

@@ -115,8 +115,8 @@ def as_bounds(
             return low, high
     except (TypeError, ValueError) as e:
         raise ValueError(str(e) if 'bounds' in str(e) else f'{text}, found {bounds}') from e
-    low, high = torch.broadcast_tensors(*[torch.as_tensor(b, device=x.device) for b in rows])
-    low, high = (bound.to(x.dtype) for bound in (low, high))
+    like = dict(dtype=x.dtype, device=x.device)
+    low, high = torch.broadcast_tensors(*[torch.as_tensor(b, **like) for b in rows])
     is_right = (low < high) & low.isfinite() & high.isfinite()
     _require_of_each(is_right, f'{text}, or tensors; they are not')
     return low, high

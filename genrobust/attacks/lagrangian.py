@@ -76,7 +76,7 @@ class _ALMA:
             best.update(x, logits, i)
             size = torch.where(best.norm.isfinite(), best.norm, 1.5 * size).minimum(farthest)
             size = size.clamp_min(tiny)
-            g = (state.margin_target(logits, i) / scale).clamp(-1, 1)
+            g = (state.margin_target(logits, i) / scale).nan_to_num(1.0).clamp(-1, 1)
             slope = penalty_slope(g, self.rho, mu)
             mu = (self.alpha * mu + (1 - self.alpha) * slope).clamp(1e-6, 10)
             total = (x - state.x) / per_image(size, x) + per_image(slope, x) * unit(grad, 2)

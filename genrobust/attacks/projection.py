@@ -86,7 +86,7 @@ class _Projections:
         self.tries[i] += 1
         is_lost = (self.tries[i] > TRIES) & best.norm[i].isfinite()
         has_failed = ~is_nearer & (is_beyond | is_lost)
-        factor = torch.where(is_nearer, 2.0, torch.where(has_failed, 0.5, 1.0))
+        factor = torch.where(is_nearer, 2.0, torch.where(has_failed, 0.5, 1.0)).to(self.share)
         self.share[i] = (self.share[i] * factor).clamp_max(1)
         again = is_nearer | has_failed
         self.tries[i] = self.tries[i].masked_fill(again, 0)
@@ -231,9 +231,11 @@ class _FAB:
 
     def restart(self, best, x):
         "Random points at half of the best distance, or of that of `x` where none is known"
-        state, noise = best.state, best.state.random(normal, best.state.all)
+        state = best.state
+        noise = state.free(state.random(normal, state.all), state.all)
         size = best.norm.where(best.norm.isfinite(), norm(x - state.x, self.p)) / 2
-        start = state.x + per_image(size / norm(noise, self.p), noise) * noise
+        length = norm(noise, self.p).clamp_min(torch.finfo(noise.dtype).tiny)
+        start = state.x + per_image(size / length, noise) * noise
         return start.clamp(*state.bounds_of(state.all))
 
     def __call__(self, state):

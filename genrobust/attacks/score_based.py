@@ -43,7 +43,9 @@ def _slope(state, x, i, samples, h):
         step, centre = h * v, x[rows, None]
         points = state.clip(torch.cat([centre + step, centre - step], 1), i[rows])
         above, below = query_points(state, state.margin, points, i[rows]).chunk(2, 1)
-        g[rows] += torch.einsum('bn,bn...->b...', (above - below) / (2 * h * samples), v)
+        rise = above - below
+        rise = rise.masked_fill(~rise.isfinite(), 0) / (2 * h * samples)
+        g[rows] += torch.einsum('bn,bn...->b...', rise, v)
     return g
 
 # %% ../../nbs/08_score_based.ipynb #08-017

@@ -73,7 +73,8 @@ class FiniteDifferences:
         points.scatter_(2, j.repeat(1, 2)[..., None], torch.cat([up, down], 1)[..., None])
         points = points.unflatten(2, x.shape[1:])
         values = query_points(self.state, f, points, i, self.repeats)
-        return torch.where(up > down, (values[:, :n] - values[:, n:]) / (up - down), 0)
+        slopes = (values[:, :n] - values[:, n:]) / (up - down)
+        return slopes.masked_fill(~slopes.isfinite(), 0)
 
     def gradient(
         self, f: Callable, x: Tensor, i: Tensor
