@@ -338,7 +338,8 @@ def averaging(t: Trial) -> Found | str:
     if not t.is_random:
         return 'the model is deterministic: there is nothing to average'
     k, b = slice(t.budget.noisy), t.budget
-    climb = partial(apgd, steps=b.climbs, loss='margin', **t.ball)
+    ball = t.ball | dict(bounds=bounds_of(t.bounds, t.x, k))
+    climb = partial(apgd, steps=b.climbs, loss='margin', **ball)
     found = _success_by_draws(t, b.draws, lambda n: climb(t.model, t.x[k], t.y[k], draws=n))
     sign = -1 if found.values.mean() < 0 else 1  # a fall is a change too
     return found._replace(values=sign * found.values)
@@ -354,7 +355,8 @@ def more_samples(t: Trial) -> Found | str:
     if not hasattr(t.model, 'n_samples'):
         return 'the model takes no samples of latents'
     k, b, K = slice(t.budget.noisy), t.budget, t.model.n_samples
-    climb = partial(apgd, steps=b.climbs, loss='margin', **t.ball)
+    ball = t.ball | dict(bounds=bounds_of(t.bounds, t.x, k))
+    climb = partial(apgd, steps=b.climbs, loss='margin', **ball)
     fixed = partial(t.model.fixed, t.seed)
     return _success_by_draws(t, (K, K * b.more), lambda n: climb(fixed(n), t.x[k], t.y[k]))
 

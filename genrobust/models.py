@@ -723,7 +723,10 @@ def predict(
     device, parts = device_of(model, x), in_parts(model, x, batch_size)
     with no_tf32():
         logits = [both_logits(model(part.to(device, copy=True))) for part in parts]
-        return torch.cat([part.to(x.device) for part in logits])
+        logits = torch.cat([part.to(x.device) for part in logits])
+    if logits.ndim != 2:
+        raise ValueError(f'the model must return logits [B,C] or [B], found {list(logits.shape)}')
+    return logits
 
 
 def accuracy(
@@ -732,10 +735,13 @@ def accuracy(
     y: Tensor,  # Labels `[N]`
     batch_size: int = 100,  # Images at a time
 ) -> float:  # Between 0 and 1
-    "Share of images that are classified correctly; a `ValueError` for labels of another shape."
+    """Share of images that are classified correctly, which one with a logit of NaN is not; a
+    `ValueError` for labels of another shape."""
     if y.shape != x.shape[:1]:
         raise ValueError(f'y must be labels [{len(x)}], found {list(y.shape)}')
-    return (predict(model, x, batch_size).argmax(1) == y.to(x.device)).float().mean().item()
+    logits = predict(model, x, batch_size)
+    is_right = (logits.argmax(1) == y.to(x.device)) & ~logits.isnan().any(1)
+    return is_right.float().mean().item()
 
 # %% ../nbs/01_models.ipynb #01-043
 __getattr__ = renamed(

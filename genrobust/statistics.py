@@ -63,6 +63,8 @@ def clustered(
     that is above 1, with Student's quantile for the number of clusters."""
     from scipy.stats import t
 
+    if hits.isna().any():
+        raise ValueError(f'expected a value for each image, found {hits.isna().sum()} NaN')
     n, effect = len(hits), design_effect(hits, cluster)
     k = n * hits.mean() if n else 0.0
     if effect <= 1:

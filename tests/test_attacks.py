@@ -46,7 +46,7 @@ from genrobust.attacks import (
 )
 from genrobust.attacks.result import norm
 from genrobust.files import save_tensors
-from genrobust.models import CNN, BayesClassifier, load_pretrained
+from genrobust.models import CNN, BayesClassifier, accuracy, load_pretrained
 
 
 def test_the_list_is_complete():
@@ -877,3 +877,13 @@ def test_restarts_of_fab_begin_half_way_under_a_mask():
     assert alone.success.all()
     half = alone.l2.item() / 2
     assert any(abs(size - half) < 0.05 * half for size in asked[:n] + asked[n:])
+
+
+def test_accuracy_counts_no_nan_and_takes_logits_alone():
+    x = images()
+    y = NET(x).argmax(1)
+    assert accuracy(NET, x, y) == 1
+    one_is_nan = AsFunction(lambda x: NET(x) * torch.tensor([1, 1, 1, torch.nan]))
+    assert accuracy(one_is_nan, x, y) == 0
+    with pytest.raises(ValueError, match=r'logits \[B,C\]'):
+        accuracy(AsFunction(lambda x: NET(x)[:, :, None, None]), x, y)

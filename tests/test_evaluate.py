@@ -1070,3 +1070,12 @@ def test_files_of_the_same_name_have_helpers_of_their_own(tmp_path, capsys):
     status, out, _ = command(capsys, *models, *how)
     assert status == 0 and re.findall(r'clean accuracy ([\d.]+)%', out) == ['100.0', '0.0']
     assert 'arch' not in sys.modules
+
+
+def test_bounds_of_each_pixel_may_be_arrays():
+    x = images()
+    bounds = np.zeros((1, 8, 8), np.float32), np.ones((1, 8, 8), np.float32)
+    how = dict(size='quick', checks=False, progress=False)
+    found = evaluate(NET, x, NET(x).argmax(1), bounds=bounds, **how)
+    expected = evaluate(NET, x, NET(x).argmax(1), **how)
+    assert torch.equal(found.distance, expected.distance)

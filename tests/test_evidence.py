@@ -265,6 +265,18 @@ def test_an_average_of_too_few_draws_fails(linear, splits, monkeypatch, check, s
     assert found.verdict == word and len(found.rates) == (3 if check is evidence.averaging else 2)
 
 
+@pytest.mark.parametrize('check', [evidence.averaging, evidence.more_samples])
+def test_bounds_of_each_image_go_with_the_images_of_a_check(linear, splits, monkeypatch, check):
+    budget(monkeypatch, noisy=5, draws=(1, 4), more=4)
+    x, one = splits.test.x[:N], torch.ones(N, 1, 1, 1)
+    model = NoisyGradient(linear, 1e-3)
+    found, expected = (
+        check(Trial(model, x, splits.test.y[:N], eps=EPS, size='quick', **own))
+        for own in (dict(bounds=(0 * one, one)), {})
+    )
+    assert found.rates == expected.rates
+
+
 def test_success_on_the_latents_of_the_attack_alone_fails(linear, splits):
     found = judged(evidence.resampled_latents, Masked(linear), splits)
     assert found.verdict == 'fails' and found.rates['one-shot'] < found.rates['resubmission']

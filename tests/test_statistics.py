@@ -43,3 +43,9 @@ def test_what_is_no_cluster_and_no_outcome_is_refused():
     assert mcnemar([1, 0, 1, 1], hits < -1) == mcnemar([1, 0, 1, 1], [0] * 4) == (3, 0, 0.25)
     with pytest.raises(ValueError, match='true or false'):
         mcnemar([3, 1, 2], [1, 2, 2])  # predictions
+
+
+def test_clustered_refuses_nan():
+    hits = pd.Series([1.0, 0.0, np.nan, 1.0])
+    with pytest.raises(ValueError, match='1 NaN'):
+        clustered(hits, pd.Series([0, 0, 1, 1]))

@@ -48,6 +48,8 @@ def as_json(
     value: object,  # A parameter of an attack
 ) -> object:  # Numbers and lists as they are; of a large tensor its shape, range and digest
     "A parameter as settings record it."
+    if getattr(value, 'ndim', 0):
+        value = torch.as_tensor(value)
     if not isinstance(value, Tensor):
         return value.item() if hasattr(value, 'item') else value
     if value.ndim and value.numel() == len(value):
