@@ -317,6 +317,13 @@ def headline(t: Trial) -> Found:
     return Found(values, rates={name: k / n for name, k in zip(names, left)})
 
 # %% ../nbs/41_checks.ipynb #41-024
+def _on_some_images(t):
+    "APGD on as many images as random models are attacked on: a function of the model"
+    i = slice(t.budget.noisy)
+    ball = t.ball | dict(bounds=bounds_of(t.bounds, t.x, i))
+    return partial(apgd, x=t.x[i], y=t.y[i], steps=t.budget.climbs, loss='margin', **ball)
+
+
 def _success_by_draws(t, of, attacked):
     "Success on resampled draws by what the attack averages over, on images that all attacked"
     found = {n: attacked(n) for n in of}
@@ -337,10 +344,8 @@ def averaging(t: Trial) -> Found | str:
     "Change of success from an attack that averages over the second most draws to the most"
     if not t.is_random:
         return 'the model is deterministic: there is nothing to average'
-    k, b = slice(t.budget.noisy), t.budget
-    ball = t.ball | dict(bounds=bounds_of(t.bounds, t.x, k))
-    climb = partial(apgd, steps=b.climbs, loss='margin', **ball)
-    found = _success_by_draws(t, b.draws, lambda n: climb(t.model, t.x[k], t.y[k], draws=n))
+    climb = _on_some_images(t)
+    found = _success_by_draws(t, t.budget.draws, lambda n: climb(t.model, draws=n))
     sign = -1 if found.values.mean() < 0 else 1  # a fall is a change too
     return found._replace(values=sign * found.values)
 
@@ -354,11 +359,9 @@ def more_samples(t: Trial) -> Found | str:
     "Success of an attack on an estimate from many more latents than K, less that from K"
     if not hasattr(t.model, 'n_samples'):
         return 'the model takes no samples of latents'
-    k, b, K = slice(t.budget.noisy), t.budget, t.model.n_samples
-    ball = t.ball | dict(bounds=bounds_of(t.bounds, t.x, k))
-    climb = partial(apgd, steps=b.climbs, loss='margin', **ball)
-    fixed = partial(t.model.fixed, t.seed)
-    return _success_by_draws(t, (K, K * b.more), lambda n: climb(fixed(n), t.x[k], t.y[k]))
+    K, climb = t.model.n_samples, _on_some_images(t)
+    of = K, K * t.budget.more
+    return _success_by_draws(t, of, lambda n: climb(t.model.fixed(t.seed, n)))
 
 # %% ../nbs/41_checks.ipynb #41-026
 @study_check(

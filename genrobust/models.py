@@ -719,14 +719,11 @@ def predict(
     batch_size: int = 100,  # Images at a time
 ) -> Tensor:  # Logits `[N,C]`, on the device of `x`
     """Logits of many images in batches, in full float32; of a model with one logit, 0 and that.
-    The model gets copies, which it may change."""
+    The model gets copies, which it may change; a `ValueError` for what is no logits."""
     device, parts = device_of(model, x), in_parts(model, x, batch_size)
     with no_tf32():
         logits = [both_logits(model(part.to(device, copy=True))) for part in parts]
-        logits = torch.cat([part.to(x.device) for part in logits])
-    if logits.ndim != 2:
-        raise ValueError(f'the model must return logits [B,C] or [B], found {list(logits.shape)}')
-    return logits
+        return torch.cat([part.to(x.device) for part in logits])
 
 
 def accuracy(

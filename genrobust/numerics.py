@@ -117,7 +117,11 @@ def in_parts(
 def both_logits(
     logits: Tensor,  # `[B,C]`; or one logit an image, `[B]` or `[B,1]`
 ) -> Tensor:  # `[B,C]`, `C` of 2 or more
-    "Of one logit an image, 0 and that logit: class 1 is predicted where it is above 0."
+    """Of one logit an image, 0 and that logit: class 1 is predicted where it is above 0. A
+    `ValueError` for what is no logits."""
+    if not isinstance(logits, Tensor) or logits.ndim not in (1, 2):
+        found = getattr(logits, 'shape', type(logits).__name__)
+        raise ValueError(f'the model must return logits [B,C] or [B], found {found}')
     logits = logits[:, None] if logits.ndim == 1 else logits
     is_one = logits.shape[1:] == (1,)
     return torch.cat([torch.zeros_like(logits), logits], 1) if is_one else logits

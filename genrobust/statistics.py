@@ -60,7 +60,7 @@ def clustered(
     cluster: "'pd.Series'",  # The cluster of each image, e.g. the seed of its latents
 ) -> tuple[float, float]:  # Lower and upper end; (0, 1) where there is no image
     """95 % confidence interval of the mean of `hits`: Wilson's for n over the design effect, where
-    that is above 1, with Student's quantile for the number of clusters."""
+    that is above 1, with Student's quantile for the number of clusters; a `ValueError` for NaN."""
     from scipy.stats import t
 
     if hits.isna().any():

@@ -3,7 +3,6 @@
 import inspect
 import json
 import math
-import warnings
 
 import pytest
 import safetensors.torch
@@ -12,7 +11,6 @@ from torch import nn
 from under_attack import (
     ATTACKS,
     MINIMUM_NORM,
-    NET,
     QUERIES,
     AtMost,
     Counting,
@@ -20,8 +18,6 @@ from under_attack import (
     each,
     elsewhere,
     every_attack,
-    images,
-    make_net,
     small,
 )
 
@@ -46,7 +42,7 @@ from genrobust.attacks import (
 )
 from genrobust.attacks.result import norm
 from genrobust.files import save_tensors
-from genrobust.models import CNN, BayesClassifier, accuracy, load_pretrained
+from genrobust.models import CNN, BayesClassifier, load_pretrained
 
 
 def test_the_list_is_complete():
@@ -759,131 +755,3 @@ def test_an_attack_leaves_precision_as_it_was():
     finally:
         for part, value in zip(parts, before):
             part.fp32_precision = value
-
-
-class AsFunction(nn.Module):
-    "Logits by a function"
-
-    def __init__(self, logits_of):
-        super().__init__()
-        self.forward = logits_of
-
-
-def scattered_nan(x):
-    "NaN at one point in a hundred"
-    weights = torch.linspace(1, 2, 64, dtype=torch.double)
-    is_nan = (x.double().flatten(1) @ weights * 1e5) % 1 < 0.01
-    return torch.where(is_nan[:, None], torch.nan, NET(x))
-
-
-@pytest.mark.parametrize(
-    'attack, own',
-    [
-        (attacks.spsa, dict(eps=0.4, steps=60)),
-        (attacks.zoo, dict(max_queries=6000, coordinates=64)),
-        (attacks.alma, {}),
-    ],
-)
-def test_one_answer_that_is_nan_spoils_no_attack(attack, own):
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # gradients that are NaN
-        found = attack(AsFunction(scattered_nan).eval(), images(), **own)
-    expected = attack(NET, images(), **own)
-    assert found.success.sum() >= expected.success.sum() - 1 > 3
-    assert found.l2[found.success].mean() < 1.2 * expected.l2[expected.success].mean()
-
-
-def test_a_nearer_point_whose_logits_are_not_finite_hides_no_success():
-    def logits_of(x):
-        total = x.flatten(1).sum(1)
-        third = torch.where((total > 1) & (total < 1.3), -torch.inf, -9.0)
-        return torch.stack([1 - total, total - 1, third], 1)
-
-    x = images() * 0.01
-    for attack in (attacks.deepfool, attacks.ddn, attacks.fmn, attacks.alma):
-        assert attack(AsFunction(logits_of).eval(), x).success.all()
-
-
-def test_bounds_of_float64_are_not_rounded_to_float32():
-    high = torch.full((1, 8, 8), 2.8, dtype=torch.double)
-    for low in (-1.7, -0.3, -0.4242):
-        x = images().double()
-        x[0] = low
-        found = attacks.pgd(make_net().double(), x, bounds=(low, high), eps=3.0)
-        assert found.x_adv.min() >= low
-
-
-@pytest.mark.parametrize('p', [2, math.inf])
-def test_levels_keep_to_the_ball(p):
-    def logits_of(x):  # misclassified from 1.5 levels on
-        return torch.stack([1.5 / 255 - (x - 0.2).flatten(1).amax(1), 0 * x.flatten(1)[:, 0]], 1)
-
-    x, eps = torch.full((2, 1, 1, 1), 51 / 255), 0.00784  # 1.9992 levels
-    found = attacks.pgd(AsFunction(logits_of).eval(), x, eps=eps, p=p, quantized=True)
-    assert not found.success.any() and (found.linf <= eps).all()
-    found = attacks.pgd(AsFunction(logits_of).eval(), x, eps=2 / 255, p=p, quantized=True)
-    assert found.success.all()
-
-
-def test_superdeepfool_where_the_default_is_float64():
-    x = images()
-    expected = attacks.superdeepfool(NET, x)
-    torch.set_default_dtype(torch.float64)
-    try:
-        found = attacks.superdeepfool(NET, x)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    torch.testing.assert_close(found.l2, expected.l2)
-
-
-def test_jacobian_of_images_made_in_inference_mode():
-    with torch.inference_mode():
-        x = images()
-        inside = attacks.jacobian(NET, x)
-    for found in (inside, attacks.jacobian(NET, x)):
-        torch.testing.assert_close(found[1], attacks.jacobian(NET, images())[1])
-
-
-def test_a_mask_leaves_starts_uniform_in_the_ball():
-    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
-    mask[0, 0, 0] = True
-    x = torch.full((200, 1, 8, 8), 0.5)
-    starts = []
-
-    def logits_of(x):
-        starts.append((x - 0.5).flatten(1).norm(dim=1))
-        return torch.zeros(len(x), 2) + torch.tensor([1.0, 0.0]) + 0 * x.flatten(1).sum(1)[:, None]
-
-    attacks.pgd(AsFunction(logits_of).eval(), x, eps=0.3, p=2, steps=1, mask=mask)
-    first = next(size for size in starts if size.max() > 0)
-    assert 0.12 < first.mean() < 0.18
-
-
-def test_restarts_of_fab_begin_half_way_under_a_mask():
-    mask = torch.zeros(1, 8, 8, dtype=torch.bool)
-    mask[0, 0, 0] = True
-    asked = []
-
-    def logits_of(x):
-        asked.append((x - 0.2).flatten(1).norm(dim=1).max().item())
-        at = x[:, 0, 0, 0]
-        return torch.stack([0.6 - at, at - 0.6], 1)
-
-    x = torch.full((1, 1, 8, 8), 0.2)
-    alone = attacks.fab(AsFunction(logits_of).eval(), x, steps=5, mask=mask)
-    n = len(asked)
-    asked.clear()
-    attacks.fab(AsFunction(logits_of).eval(), x, steps=5, restarts=2, mask=mask)
-    assert alone.success.all()
-    half = alone.l2.item() / 2
-    assert any(abs(size - half) < 0.05 * half for size in asked[:n] + asked[n:])
-
-
-def test_accuracy_counts_no_nan_and_takes_logits_alone():
-    x = images()
-    y = NET(x).argmax(1)
-    assert accuracy(NET, x, y) == 1
-    one_is_nan = AsFunction(lambda x: NET(x) * torch.tensor([1, 1, 1, torch.nan]))
-    assert accuracy(one_is_nan, x, y) == 0
-    with pytest.raises(ValueError, match=r'logits \[B,C\]'):
-        accuracy(AsFunction(lambda x: NET(x)[:, :, None, None]), x, y)
